@@ -1,0 +1,68 @@
+"""What every command prints with: one JSON document, plain tables, messages on stderr, colour only where it is wanted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+
+def wants_colour(stream: TextIO, environ: Mapping[str, str] | None = None) -> bool:
+    """Colour only on a terminal that can show it, and never with NO_COLOR (https://no-color.org: any text that is not empty)."""
+    environ = os.environ if environ is None else environ
+    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def say(message: str, *, label: str | None = None) -> None:
+    """One message to stderr. `label` ("error", "warning", "hint") stands before it, coloured on a terminal."""
+    if label is not None:
+        code = {"error": "1;31", "warning": "1;33"}.get(label, "1")
+        shown = f"\x1b[{code}m{label}:\x1b[0m" if wants_colour(sys.stderr) else f"{label}:"
+        message = f"{shown} {message}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def strict(value: Any) -> Any:
+    """`value` as JSON has it: NaN and infinities become null, tuples lists, paths and other objects their text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return str(value)
+
+
+def emit_json(document: Any) -> None:
+    """The one JSON document of a command, on stdout."""
+    print(json.dumps(strict(document), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def columns(rows: Sequence[Sequence[str]], *, indent: str = "", gap: str = "  ") -> list[str]:
+    """Rows as left-aligned plain columns; the last column is as wide as it needs. Plain text survives a pipe, a box does not."""
+    if not rows:
+        return []
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]) - 1)]
+    return [(indent + gap.join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])).rstrip() for row in rows]
+
+
+def size(number: float) -> str:
+    """A number of bytes for people: "1.50 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(number) < 1024 or unit == "TiB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.2f} {unit}"
+        number /= 1024
+    raise AssertionError("unreachable")
+
+
+def count(number: float) -> str:
+    """A large number for people, in the field's units: "345.2M", "7.46B"."""
+    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= scale:
+            return f"{number / scale:.4g}{unit}"
+    return f"{number:g}"

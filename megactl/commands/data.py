@@ -1,0 +1,292 @@
+"""`megactl data`: text to token files, what they hold, and training a tokenizer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megactl.commands.common import columns, emit_json, say, size
+from megactl.errors import DataError
+
+if TYPE_CHECKING:
+    from megactl.storage.preprocess import PreprocessSummary
+    from megactl.storage.preprocess_state import Counts
+
+app = typer.Typer(help="Turn text into token files, inspect them, train a tokenizer.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+_LINE_EVERY_S = 5.0
+
+Files = Annotated[list[Path] | None, typer.Argument(metavar="FILE...", help="Files or folders: .txt, .jsonl, also .gz and .zst.")]
+Inputs = Annotated[list[Path] | None, typer.Option("--input", "-i", metavar="FILE", help="The same, as an option (repeatable).")]
+JsonKeys = Annotated[
+    list[str], typer.Option("--json-key", "--json-keys", metavar="KEY", help="Key of the text in a JSON line (repeatable).")
+]
+AsText = Annotated[bool, typer.Option("--as-text", help="Take every file as one document, whatever its name.")]
+Patterns = Annotated[
+    list[str] | None, typer.Option("--pattern", metavar="GLOB", help="Files to take from folders, e.g. '*.py' (repeatable).")
+]
+EodToken = Annotated[str | None, typer.Option("--eod-token", metavar="TOKEN", help="End-of-document token, where it cannot be guessed.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.command()
+def preprocess(
+    files: Files = None,
+    input_: Inputs = None,
+    output_prefix: Annotated[
+        str, typer.Option("--output-prefix", "-o", metavar="P", help="Writes P_text_document.bin, .idx and .json.")
+    ] = "",
+    tokenizer: Annotated[str, typer.Option("--tokenizer", metavar="byte|PATH", help="'byte', tokenizer.json, or a folder of one.")] = "",
+    workers: Annotated[int | None, typer.Option("--workers", metavar="N", help="Worker processes (default: one a core).")] = None,
+    append_eod: Annotated[bool, typer.Option("--append-eod", help="End each document with the end-of-document token.")] = False,
+    json_key: JsonKeys = ["text"],  # noqa: B006 (Typer copies it)
+    as_text: AsText = False,
+    pattern: Patterns = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count and leave out documents that cannot be read.")] = False,
+    eod_token: EodToken = None,
+    overwrite: Overwrite = False,
+    checksum: Annotated[bool, typer.Option("--checksum/--no-checksum", help="Record sha256 of the outputs.")] = True,
+    json_: Json = False,
+) -> None:
+    """Turn text into .bin/.idx token files, Megatron's format. Interrupted, the same command continues.
+
+    A .txt file is one document, a .jsonl file has one a line, in the key `text`. The bytes written do not depend on --workers.
+
+    Examples:
+
+      megactl data preprocess corpus.jsonl --output-prefix corpus --tokenizer byte --append-eod
+
+      megactl data preprocess --input a.jsonl.gz --input b.jsonl.zst --output-prefix web --tokenizer gpt2/ --append-eod --workers 16
+
+      megactl data preprocess src/ --as-text --pattern '*.py' --pattern '*.rst' --output-prefix code --tokenizer tokenizer.json --append-eod
+    """
+    from megactl.storage.preprocess import PreprocessOptions
+    from megactl.storage.preprocess import preprocess as run
+
+    _require({"--output-prefix": output_prefix, "--tokenizer": tokenizer})
+    options = PreprocessOptions(
+        inputs=_inputs(files, input_),
+        output_prefix=output_prefix,
+        tokenizer=tokenizer,
+        json_keys=tuple(json_key),
+        workers=workers,
+        append_eod=append_eod,
+        eod_token=eod_token,
+        as_text=as_text,
+        patterns=tuple(pattern or ()),
+        skip_bad=skip_bad,
+        overwrite=overwrite,
+        checksum=checksum,
+    )
+    with _progress() as progress:
+        summary = run(options, progress, say)
+    if summary.bad_documents:
+        say(f"left out {summary.bad_documents} bad documents; the first: {summary.first_bad}", label="warning")
+    if json_:
+        emit_json(asdict(summary))
+    else:
+        _print_summary(summary)
+
+
+@app.command()
+def inspect(
+    prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="The pair's name without .bin or .idx.")],
+    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print the text of the first N documents.")] = 0,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="byte|PATH", help="Decode with this one.")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Also read every token and compare recorded checksums.")] = False,
+    json_: Json = False,
+) -> None:
+    """What a .bin/.idx pair holds. Checks every size and pointer; exit code 2 where anything is damaged.
+
+    Examples:
+
+      megactl data inspect corpus_text_document
+
+      megactl data inspect corpus_text_document --show 2 --deep
+
+      megactl data inspect made_by_megatron_text_document --show 1 --tokenizer gpt2/ --json | jq .tokens
+    """
+    from megactl.storage.inspect import first_documents, report_pair
+
+    if tokenizer is not None and not show:
+        raise DataError(f"--tokenizer {tokenizer}: is only used to show text", "add --show N")
+    report = report_pair(prefix, deep=deep, progress=say)
+    texts = first_documents(report.prefix, show, tokenizer) if show else []
+    if json_:
+        emit_json({**asdict(report), "texts": texts})
+        return
+    vocabulary = f"{report.vocab_size}, end of document {report.eod}" if report.recorded else "not recorded (no .json beside the pair)"
+    rows = [
+        ("documents", f"{report.documents}" + (f" ({report.sequences} sequences)" if report.sequences != report.documents else "")),
+        ("tokens", f"{report.tokens} ({report.dtype}, {size(report.bin_bytes)})"),
+        ("length", f"mean {report.mean:.1f}, longest {report.longest} tokens, {report.empty_sequences} empty"),
+        ("tokenizer", report.tokenizer or "not recorded"),
+        ("vocabulary", vocabulary),
+        *([("largest token", str(report.largest_token))] if deep else []),
+        ("checked", ", ".join(report.checked)),
+    ]
+    typer.echo("\n".join([report.prefix, *columns(rows, indent="  ")]))
+    for number, text in enumerate(texts):
+        typer.echo(f"--- document {number}\n{_printable(text)}")
+
+
+@tokenizer_app.command()
+def train(
+    files: Files = None,
+    input_: Inputs = None,
+    vocab_size: Annotated[int, typer.Option("--vocab-size", metavar="N", help="Largest number of tokens, at least 257.")] = 0,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The tokenizer.json to write.")] = "",
+    json_key: Annotated[str, typer.Option("--json-key", metavar="KEY", help="Key of the text in a JSON line.")] = "text",
+    as_text: AsText = False,
+    pattern: Patterns = None,
+    min_frequency: Annotated[int, typer.Option("--min-frequency", min=1, metavar="N", help="Merge pairs seen at least N times.")] = 2,
+    eod_token: Annotated[str, typer.Option("--eod-token", metavar="TOKEN", help="End-of-document token.")] = "<|endoftext|>",
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Train a byte-level BPE tokenizer (GPT-2's kind) and write a tokenizer.json.
+
+    Examples:
+
+      megactl data tokenizer train corpus.jsonl --vocab-size 32000 --output tokenizer.json
+
+      megactl data tokenizer train src/ --as-text --pattern '*.py' --vocab-size 8192 --output tokenizer.json
+    """
+    from megactl.storage.bpe import train_bpe
+
+    _require({"--vocab-size": vocab_size, "--output": output})
+    trained = train_bpe(
+        _inputs(files, input_),
+        vocab_size,
+        output,
+        json_key=json_key,
+        eod_token=eod_token,
+        min_frequency=min_frequency,
+        as_text=as_text,
+        patterns=tuple(pattern or ()),
+        overwrite=overwrite,
+        progress=_text_progress(),
+    )
+    if trained.vocab_size < vocab_size:
+        say(f"the text gives only {trained.vocab_size} of {vocab_size} tokens; use more text or a smaller --vocab-size", label="warning")
+    if json_:
+        emit_json(asdict(trained))
+        return
+    facts = f"{trained.vocab_size} tokens from {trained.text_mb:.1f} MB in {trained.seconds:.1f} s"
+    typer.echo(f"{trained.path}: {facts}; {trained.eod_token} = {trained.eod}")
+
+
+@tokenizer_app.command()
+def show(
+    spec: Annotated[str, typer.Argument(metavar="byte|PATH", help="'byte', tokenizer.json, or a folder with vocab.json and merges.txt.")],
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Text to tokenize.")] = None,
+    eod_token: EodToken = None,
+    json_: Json = False,
+) -> None:
+    """What a tokenizer is, and how it cuts a text.
+
+    Examples:
+
+      megactl data tokenizer show tokenizer.json "def main():"
+
+      megactl data tokenizer show byte --json
+    """
+    from megactl.storage.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(spec, eod_token=eod_token)
+    facts = tokenizer.describe()
+    ids = tokenizer.encode(text) if text is not None else None
+    pieces = [tokenizer.decode([token]) for token in ids] if ids is not None else None
+    if json_:
+        emit_json({**facts, "ids": ids, "pieces": pieces})
+        return
+    eod = f"{facts['eod']} {facts['eod_token']}" if facts["eod"] is not None else "unknown (name it with --eod-token)"
+    rows = [("kind", facts["kind"]), ("path", facts["path"]), ("sha256", facts["sha256"] or "-")]
+    typer.echo("\n".join(columns([*rows, ("vocabulary", str(facts["vocab_size"])), ("end of document", eod)])))
+    if ids is not None and pieces is not None:
+        typer.echo(f"{len(ids)} tokens: " + " ".join(f"{token}:{_printable(piece)!r}" for token, piece in zip(ids, pieces, strict=True)))
+
+
+def _inputs(files: list[Path] | None, options: list[Path] | None) -> tuple[str, ...]:
+    """Arguments first, then --input."""
+    return tuple(str(path) for path in [*(files or []), *(options or [])])
+
+
+def _require(options: dict[str, object]) -> None:
+    """Every required option that was left out, in one message: Typer would name only the first."""
+    missing = [name for name, value in options.items() if not value]
+    if missing:
+        raise DataError(f"{' and '.join(missing)}: required", "see --help for examples")
+
+
+def _print_summary(summary: PreprocessSummary) -> None:
+    for prefix in summary.outputs:
+        typer.echo(f"{prefix}.bin, .idx, .json")
+    facts = f"{summary.documents} documents, {summary.tokens} tokens ({summary.dtype})"
+    if summary.already_done:
+        typer.echo(f"{facts}; nothing was left to do")
+        return
+    resumed = f", {summary.resumed_documents} of them by an interrupted run" if summary.resumed_documents else ""
+    empty = f"; {summary.empty_documents} empty documents left out" if summary.empty_documents else ""
+    typer.echo(f"{facts}{resumed}{empty}")
+    typer.echo(
+        f"{summary.seconds:.1f} s with {summary.workers} workers: {summary.documents_per_s:.0f} documents/s, {summary.mb_per_s:.2f} MB/s"
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Counts], None]]:
+    """A live bar on a terminal, elsewhere a line every few seconds; on stderr."""
+    if not sys.stderr.isatty():
+        yield _progress_lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    parts = (BarColumn(), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*parts, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda counts: bar.update(task, total=counts.disk_total, completed=counts.disk_bytes, description=_described(counts))
+
+
+def _progress_lines() -> Callable[[Counts], None]:
+    last = time.monotonic()
+
+    def update(counts: Counts) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LINE_EVERY_S:
+            last = time.monotonic()
+            say(f"{100 * counts.disk_bytes / max(counts.disk_total, 1):.0f}%: {_described(counts)}")
+
+    return update
+
+
+def _described(counts: Counts) -> str:
+    return f"{counts.documents} documents, {counts.tokens} tokens"
+
+
+def _text_progress() -> Callable[[float], None]:
+    last = time.monotonic()
+
+    def update(text_mb: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LINE_EVERY_S:
+            last = time.monotonic()
+            say(f"read {text_mb:.0f} MB")
+
+    return update
+
+
+def _printable(text: str) -> str:
+    """Control characters shown, not obeyed: a document must not be able to write to the terminal's title or clipboard."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)

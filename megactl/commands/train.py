@@ -1,0 +1,322 @@
+"""`megactl train`: settings -> a checked run -> ranks. Also `--dry-run`, which prints what would run and why."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megactl.commands.common import columns, count, emit_json, size
+from megactl.config.flags import PANELS, Flag, all_flags, given, help_text, metavar
+from megactl.errors import Problem
+
+if TYPE_CHECKING:
+    from megactl.config.load import Loaded
+    from megactl.config.schema import Run
+    from megactl.config.start import StartInfo
+    from megactl.config.validate import Resolved
+
+# One line a paragraph: Typer keeps the line breaks of all but the first.
+_HELP = "\n\n".join(
+    (
+        "Pre-train a GPT model.",
+        "Started by itself it starts the ranks on this machine: one a GPU, or on CPUs tp x pp x cp x dp. Under torchrun, or srun with "
+        "a task a GPU, it is one rank of the run; under srun with a task a node it starts that node's ranks. It continues from its own "
+        "run directory's newest good checkpoint.",
+        "Megatron-LM's long names work too (--tensor-model-parallel-size, --train-iters, ...), as do --mbs, --gbs and --seq. Every "
+        "setting can also be given as --set section.key=value, in a TOML file for --config, or as MEGACTL_SECTION_KEY in the environment.",
+    )
+)
+
+_EPILOG = """Examples:
+
+megactl train --preset gpt-tiny --mock-data --iterations 20
+
+megactl train --preset gpt-345m --tp 2 --pp 2 --mbs 4 --gbs 32 --data corpus_text_document --precision bf16
+
+megactl train --config run.toml --set optimizer.lr=1e-4 --dry-run
+
+torchrun --nproc-per-node 8 -m megactl train --preset gpt-1.3b --tp 4 --data corpus_text_document --run-dir runs/a
+
+srun --ntasks-per-node 8 megactl train --preset gpt-7.5b --tp 8 --pp 4 --data corpus_text_document --run-dir runs/b"""
+
+
+def _options() -> list[inspect.Parameter]:
+    """Typer's parameters: the general ones, then one for each flag of the schema, in panels by section."""
+    general = {
+        "preset": Annotated[str | None, typer.Option("--preset", metavar="NAME", help="Start from a named model, such as gpt-345m")],
+        "config": Annotated[str | None, typer.Option("--config", metavar="FILE.toml", help="Settings from a TOML file")],
+        "assignments": Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any one setting; repeatable")],
+        "dry_run": Annotated[bool, typer.Option("--dry-run", help="Print what would run and why, and run nothing")],
+        "as_json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout: the summary, or the plan of --dry-run")],
+    }
+    defaults = {"dry_run": False, "as_json": False}
+    found = [_parameter("ctx", typer.Context, inspect.Parameter.empty)]
+    found += [_parameter(name, annotation, defaults.get(name)) for name, annotation in general.items()]
+    return found + [_parameter(flag.parameter, _annotation(flag), None) for flag in all_flags()]
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _annotation(flag: Flag) -> Any:
+    setting = flag.setting
+    shown = {"help": help_text(setting), "hidden": flag.hidden, "rich_help_panel": PANELS[setting.section], "metavar": metavar(setting)}
+    # Numbers arrive as text, so that the loader words every mistake and all of them are reported together.
+    return Annotated[bool | None if setting.type is bool else str | None, typer.Option(flag.declaration, **shown)]
+
+
+def _dress(function: Callable[..., int]) -> Callable[..., int]:
+    """Give `function` the signature that Typer reads its options from, and what `cli` passes to Typer for the command."""
+    parameters = _options()
+    function.__annotations__ = {**{item.name: item.annotation for item in parameters}, "return": int}
+    function.__doc__ = _HELP
+    vars(function).update(
+        __signature__=inspect.Signature(parameters, return_annotation=int),
+        # Unknown options are collected and not refused by Typer one at a time.
+        command_options={"epilog": _EPILOG, "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True}},
+    )
+    return function
+
+
+@_dress
+def train(**options: Any) -> int:
+    """Run the command; the help text is `_HELP`, the options are made from the schema. Returns the exit code."""
+    from megactl.config.prepare import prepare
+
+    context = options.pop("ctx")
+    dry_run, as_json = options.pop("dry_run"), options.pop("as_json")
+    loaded = _load(context, options)
+    resolved, start = prepare(loaded, os.environ, dry_run=dry_run)
+    if dry_run:
+        return _print_plan(loaded, resolved, start, as_json=as_json)
+    return _start(loaded, resolved, start, as_json=as_json)
+
+
+def _load(context: typer.Context, options: Mapping[str, Any]) -> Loaded:
+    """The run as the user set it. Unknown options are reported together with every other mistake of the configuration."""
+    from megactl.config.load import load
+    from megactl.config.prepare import Problems
+
+    problems = Problems(_unknown_options(context))
+    flags = problems.catch(lambda: given(options)) or {}
+    sources = {"preset": options["preset"], "config": options["config"], "assignments": options["assignments"] or ()}
+    loaded = problems.catch(lambda: load(**sources, flags=flags, environ=os.environ))
+    problems.raise_all()
+    assert loaded is not None
+    return loaded
+
+
+def _unknown_options(context: typer.Context) -> list[Problem]:
+    """Words that no option took. A word after an unknown option is that option's value and no mistake of its own."""
+    from megactl.config.load import unknown_flag
+
+    known = [flag for item in context.command.params for flag in (*item.opts, *item.secondary_opts) if flag.startswith("--")]
+    problems, after_option = [], False
+    for word in context.args:
+        is_option = word.startswith("-") and not word[1:2].isdigit()
+        if is_option:
+            name = word.partition("=")[0]
+            problems.append(Problem(name, *unknown_flag(name, known)))
+        elif not after_option:
+            problems.append(Problem(word, "train takes options only", "put text with spaces in quotes"))
+        after_option = is_option and "=" not in word
+    return problems
+
+
+def plan(loaded: Loaded, resolved: Resolved, start: StartInfo) -> dict[str, Any]:
+    """What would run, as the JSON document of --dry-run: ranks, layout, batch, model, memory, every derived value and every origin."""
+    from megactl.config.layout import degrees
+    from megactl.config.settings import all_settings
+
+    run = resolved.run
+    layout = degrees(run, start.world_size)
+    settings = {item.name: {"value": item.read(run), "origin": loaded.origins[item.name]} for item in all_settings().values()}
+    for item in resolved.derived:
+        if item.key in settings:
+            settings[item.key]["origin"] = f"derived: {item.reason}"
+    return {
+        "world_size": start.world_size,
+        "start": {"kind": start.kind, "ranks_on_this_machine": start.local_world_size, "device": run.training.device},
+        "layout": layout,
+        "ranks": _ranks(layout, start.world_size),
+        "batch": _batch(resolved),
+        "model": _model(run),
+        "memory": _memory(resolved),
+        "run_dir": run.logging.run_dir,
+        "derived": [{"key": item.key, "value": item.value, "reason": item.reason} for item in resolved.derived],
+        "settings": settings,
+    }
+
+
+def _ranks(layout: Mapping[str, int], world_size: int) -> list[dict[str, int]]:
+    """Each rank's coordinates; the axes run from the innermost (tp) to the outermost (pp)."""
+    found = []
+    for rank in range(world_size):
+        place, rest = {"rank": rank}, rank
+        for axis, degree in layout.items():
+            rest, place[axis] = divmod(rest, degree)
+        found.append(place)
+    return found
+
+
+def _batch(resolved: Resolved) -> dict[str, Any]:
+    training, batch = resolved.run.training, resolved.batch
+    return {
+        "micro_batch_size": training.micro_batch_size,
+        "global_batch_size": batch.global_batch_size,
+        "micro_batches": batch.global_batch_size // (batch.micro_batch_size * batch.data_parallel),
+        "start_global_batch_size": batch.at(0),
+        "seq_length": training.seq_length,
+        "tokens_per_iteration": batch.global_batch_size * training.seq_length,
+        "iterations": training.iterations,
+        "samples": batch.consumed_after(training.iterations),
+        "tokens": batch.consumed_after(training.iterations) * training.seq_length,
+        "warmup_iterations": resolved.warmup_iterations,
+    }
+
+
+def _model(run: Run) -> dict[str, Any]:
+    from megactl.costmodel import model_flops, padded_vocab, parameter_parts, rank_parameters
+
+    model, parallel, seq_length = run.model, run.parallel, run.training.seq_length
+    parts = parameter_parts(model, seq_length=seq_length)
+    assert model.vocab_size is not None and run.training.global_batch_size is not None, "the run is not resolved"
+    return {
+        "parameters": sum(parts.values()),
+        "parts": parts,
+        "parameters_per_rank": list(
+            rank_parameters(model, tp=parallel.tensor_parallel, pp=parallel.pipeline_parallel, seq_length=seq_length)
+        ),
+        "padded_vocab_size": padded_vocab(model.vocab_size, parallel.tensor_parallel),
+        "flops_per_iteration": model_flops(model, seq_length, run.training.global_batch_size),
+    }
+
+
+def _memory(resolved: Resolved) -> dict[str, Any]:
+    """Predicted bytes of one rank of each stage, and of the fullest; what the prediction leaves out is named in costmodel.memory."""
+    from megactl.costmodel import Layout, estimate_stages
+
+    run, batch = resolved.run, resolved.batch
+    assert run.parallel.data_parallel is not None and run.parallel.zero is not None, "the run is not resolved"
+    layout = Layout(
+        seq_length=run.training.seq_length,
+        micro_batch_size=run.training.micro_batch_size,
+        num_microbatches=batch.global_batch_size // (batch.micro_batch_size * batch.data_parallel),
+        tensor_parallel=run.parallel.tensor_parallel,
+        pipeline_parallel=run.parallel.pipeline_parallel,
+        data_parallel=run.parallel.data_parallel,
+        zero=run.parallel.zero,
+        precision=run.training.precision,
+        schedule=run.parallel.schedule,
+    )
+    stages = [estimate.as_dict() for estimate in estimate_stages(run.model, layout)]
+    return {"largest_rank_bytes": max(stage["total"] for stage in stages), "stages": stages}
+
+
+def _cost_text(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    model, memory = document["model"], document["memory"]
+    fullest = max(memory["stages"], key=lambda stage: stage["total"])
+    state = ", ".join(
+        f"{part} {size(fullest[part])}" for part in ("weights", "gradients", "optimizer", "activations", "logits", "transient")
+    )
+    per_rank = f"at most {count(max(model['parameters_per_rank']))} on a rank"
+    return [
+        ("model", f"{count(model['parameters'])} parameters, {per_rank}, {count(model['flops_per_iteration'])} FLOPs an iteration"),
+        ("memory", f"{size(memory['largest_rank_bytes'])} on a rank of stage {fullest['stage']}, predicted: {state}"),
+    ]
+
+
+def plan_text(document: Mapping[str, Any], resolved: Resolved, loaded: Loaded) -> str:
+    """The document of --dry-run for people: one line a fact, then every derived value and every value that was set."""
+    batch, start = document["batch"], document["start"]
+    layout = " x ".join(f"{axis} {degree}" for axis, degree in document["layout"].items())
+    by = {"self": "started by this command", "torchrun": "started by torchrun", "srun": "started by srun"}
+    growth = f", from {batch['start_global_batch_size']} on" if batch["start_global_batch_size"] != batch["global_batch_size"] else ""
+    facts = [
+        ("ranks", f"{document['world_size']} = {layout}, {by.get(start['kind'], 'started by srun, a task a node')}, on {start['device']}"),
+        (
+            "batch",
+            f"{batch['global_batch_size']} sequences of {batch['seq_length']} tokens, {batch['micro_batches']} micro-batches of "
+            f"{batch['micro_batch_size']} on each replica{growth}",
+        ),
+        ("length", f"{batch['iterations']} iterations, {count(batch['samples'])} sequences, {count(batch['tokens'])} tokens"),
+        *_cost_text(document),
+        ("run dir", document["run_dir"]),
+    ]
+    derived = [(item.key, str(item.value), item.reason) for item in resolved.derived]
+    chosen = [
+        (name, str(entry["value"]), loaded.origins[name])
+        for name, entry in document["settings"].items()
+        if loaded.origins[name] != "default"
+    ]
+    lines = columns([(f"{label}:", value) for label, value in facts])
+    lines += ["", "derived:", *columns(derived, indent="  "), "", "set:", *columns(chosen, indent="  ")]
+    return "\n".join([*lines, "", *_ranks_text(document)])
+
+
+def _ranks_text(document: Mapping[str, Any]) -> list[str]:
+    """The ranks' coordinates; of a large layout the first ones, since the rest follow the same pattern."""
+    ranks, most = document["ranks"], 16
+    rows = [tuple(str(value) for value in place.values()) for place in ranks[:most]]
+    more = [f"  ... {len(ranks) - most} more"] if len(ranks) > most else []
+    return ["ranks:", *columns([("rank", *document["layout"]), *rows], indent="  "), *more]
+
+
+def _print_plan(loaded: Loaded, resolved: Resolved, start: StartInfo, *, as_json: bool) -> int:
+    document = plan(loaded, resolved, start)
+    if as_json:
+        emit_json(document)
+    else:
+        print(plan_text(document, resolved, loaded))
+    return 0
+
+
+def _start(loaded: Loaded, resolved: Resolved, start: StartInfo, *, as_json: bool) -> int:
+    from megactl.config.store import claim, write
+    from megactl.engine.launch import launch
+
+    run_dir = resolved.run.logging.run_dir
+    assert run_dir is not None
+    if not start.is_first:
+        return launch(resolved.run, resolved, start)
+    with claim(run_dir):
+        write(run_dir, loaded, resolved.derived)
+        if not as_json:
+            return launch(resolved.run, resolved, start)
+        with _stdout_to_stderr():
+            code = launch(resolved.run, resolved, start)
+        emit_json(_summary(run_dir, code))
+        return code
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send stdout to stderr, for this process and the ranks it starts: with --json the iteration lines must not stand on stdout."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _summary(run_dir: str, code: int) -> dict[str, Any]:
+    """The run's summary.json with the exit code and the run directory beside it."""
+    import json
+    from pathlib import Path
+
+    try:
+        summary = json.loads((Path(run_dir) / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        summary = {"status": "failed", "error": "the run left no summary.json"}
+    return {**summary, "exit_code": code, "run_dir": run_dir}

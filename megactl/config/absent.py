@@ -1,0 +1,88 @@
+"""Names that users of Megatron-LM and DeepSpeed reach for and that this version does not have: what to do instead of each.
+
+A misspelt name gets the nearest one; for these the nearest one would mislead (`--sp` is not a typing error for `--tp`).
+"""
+
+from __future__ import annotations
+
+from megactl.config.settings import nearest, normal
+
+_LATER = "is not part of this version"
+
+# Keys are in the form of `settings.normal`. A test keeps this table free of names that the schema has.
+ABSENT: dict[str, tuple[str, str]] = {
+    "vpp": (_LATER, "interleaved schedules will need it; use --schedule 1f1b"),
+    "num_layers_per_virtual_pipeline_stage": (_LATER, "use --schedule 1f1b"),
+    "sp": (_LATER, "leave it out: --tp works without sequence parallelism"),
+    "sequence_parallel": (_LATER, "leave it out: --tp works without sequence parallelism"),
+    "recompute": (_LATER, "use a smaller --micro-batch-size, or more --tp or --pp, to save memory"),
+    "recompute_activations": (_LATER, "use a smaller --micro-batch-size, or more --tp or --pp, to save memory"),
+    "recompute_granularity": (_LATER, "use a smaller --micro-batch-size, or more --tp or --pp, to save memory"),
+    "checkpoint_activations": (_LATER, "use a smaller --micro-batch-size, or more --tp or --pp, to save memory"),
+    "offload": (_LATER, "use --zero 1, or more --tp or --pp, to save memory"),
+    "cpu_offload": (_LATER, "use --zero 1, or more --tp or --pp, to save memory"),
+    "use_distributed_optimizer": ("is called --zero here", "use --zero 1"),
+    "zero_stage": ("is called --zero here", "use --zero 0 or --zero 1"),
+    "bf16": ("is a value of --precision here", "use --precision bf16"),
+    "fp32": ("is a value of --precision here", "use --precision fp32"),
+    "fp16": (_LATER, "use --precision bf16, which needs no loss scaling"),
+    "loss_scale": (_LATER, "use --precision bf16, which needs no loss scaling"),
+    "learning_rate": ("is called --lr here", "use --lr"),
+    "max_steps": ("is called --iterations here", "use --iterations"),
+    "steps": ("is called --iterations here", "use --iterations"),
+    "d_model": ("is called --hidden here", "use --hidden"),
+    "block_size": ("is called --seq-length here", "use --seq-length"),
+    "context_length": ("is called --seq-length here", "use --seq-length"),
+    "train_samples": ("is not how the length of a run is set here", "use --iterations"),
+    "epochs": ("is not how the length of a run is set here", "use --iterations"),
+    "lr_decay_samples": ("is counted in iterations here", "use --lr-decay-iterations"),
+    "lr_warmup_samples": ("is counted in iterations here", "use --warmup N"),
+    "lr_warmup_fraction": ("is a share of --warmup here", "use --warmup P%, such as --warmup 1%"),
+    "save": ("is the run directory here", "use --run-dir"),
+    "output_dir": ("is the run directory here", "use --run-dir"),
+    "dropout": ("is two settings here", "use --hidden-dropout and --attention-dropout"),
+    "batch_size": ("is two settings here", "use --micro-batch-size and --global-batch-size"),
+    "gradient_accumulation_steps": ("follows from the batch sizes here", "set --global-batch-size to micro-batch-size x dp x steps"),
+    "gas": ("follows from the batch sizes here", "set --global-batch-size to micro-batch-size x dp x steps"),
+    "model_parallel_size": ("is two settings here", "use --tp and --pp"),
+    "world_size": ("follows from the layout here", "use --nproc for the ranks of this machine, or start with torchrun or srun"),
+    "num_gpus": ("follows from the layout here", "use --nproc for the ranks of this machine, or start with torchrun or srun"),
+    "gpus": ("follows from the layout here", "use --nproc for the ranks of this machine, or start with torchrun or srun"),
+    "vocab_file": ("is part of the tokenizer here", "use --tokenizer FOLDER, with vocab.json and merges.txt in it"),
+    "merge_file": ("is part of the tokenizer here", "use --tokenizer FOLDER, with vocab.json and merges.txt in it"),
+    "tokenizer_type": ("is part of the tokenizer here", "use --tokenizer byte, a tokenizer.json, or a folder"),
+    "tokenizer_model": ("is part of the tokenizer here", "use --tokenizer byte, a tokenizer.json, or a folder"),
+    "swiglu": (_LATER, "the MLP is GELU: use --gelu tanh or --gelu erf"),
+    "num_query_groups": (_LATER, "leave it out: every head has its own keys and values"),
+    "num_experts": (_LATER, "leave it out: models are dense"),
+    "use_flash_attn": ("is a value of --attention here", "use --attention sdpa"),
+    "optimizer": ("has one choice here, AdamW", "leave it out"),
+    "momentum": ("belongs to an optimizer that is not here", "AdamW has --beta1 and --beta2"),
+    "deepspeed_config": ("is not read here", "write the settings into a TOML file for --config"),
+}
+
+
+# Words that people write for a choice that has another name here; the nearest spelling would mislead (fp16 is not a slip for fp64).
+_CHOICES: dict[str, str] = {
+    **dict.fromkeys(("fp16", "float16", "half", "amp", "fp8", "bfloat16", "mixed"), "bf16"),
+    **dict.fromkeys(("float32", "float", "single", "full", "tf32"), "fp32"),
+    **dict.fromkeys(("float64", "double"), "fp64"),
+    **dict.fromkeys(("gpu", "nvidia"), "cuda"),
+    **dict.fromkeys(("interleaved", "1f1b_interleaved", "zb_h1", "zb_h2", "zb_v", "pipedream", "pipedream_flush"), "1f1b"),
+    **dict.fromkeys(("flash", "fused", "flash_attention", "cudnn"), "sdpa"),
+    **dict.fromkeys(("eager", "local", "reference", "core"), "unfused"),
+    **dict.fromkeys(("gpt2", "gpt3", "bert", "llama"), "gpt"),
+    **dict.fromkeys(("true", "yes", "1", "on"), "auto"),
+    **dict.fromkeys(("false", "no", "0", "off"), "never"),
+}
+
+
+def meant_choice(value: str, choices: tuple[str, ...]) -> str | None:
+    """The choice that `value` most likely means: another system's word for it, else the nearest spelling, else None."""
+    known = _CHOICES.get(normal(value))
+    return known if known in choices else nearest(value, choices)
+
+
+def absent(name: str) -> tuple[str, str] | None:
+    """(rule, what to do instead) for a flag or key that other systems have and this version has not, else None."""
+    return ABSENT.get(normal(name))

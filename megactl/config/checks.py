@@ -1,0 +1,228 @@
+"""Rules that a run must keep on any machine: they need no files, no torch and no number of ranks. Each yields problems; none raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from megactl.config.batch import parse_rampup, parse_warmup
+from megactl.config.refused import refusals
+from megactl.config.schema import Run
+from megactl.config.settings import all_settings
+from megactl.config.shown import Names, nearest_divisors, nearest_multiples
+from megactl.errors import DataError, Problem
+
+# name: (smallest allowed value, what to set instead)
+_AT_LEAST: dict[str, tuple[int, str]] = {
+    "model.num_layers": (1, "use 1 or more"),
+    "model.hidden_size": (1, "use 1 or more"),
+    "model.num_heads": (1, "use 1 or more"),
+    "model.ffn_size": (1, "leave it out for 4 x hidden"),
+    "model.vocab_size": (2, "leave it out for the tokenizer's"),
+    "model.max_positions": (1, "leave it out for the sequence length"),
+    "parallel.tensor_parallel": (1, "use 1 for none"),
+    "parallel.context_parallel": (1, "use 1 for none"),
+    "parallel.pipeline_parallel": (1, "use 1 for none"),
+    "parallel.data_parallel": (1, "leave it out to use every rank"),
+    "parallel.bucket_size": (1, "leave it out for 40000000"),
+    "training.micro_batch_size": (1, "use 1 or more"),
+    "training.global_batch_size": (1, "leave it out for micro-batch-size x dp"),
+    "training.seq_length": (1, "use 1 or more"),
+    "training.iterations": (1, "use 1 or more"),
+    "training.eval_interval": (0, "use 0 for no evaluation"),
+    "training.eval_iterations": (1, "use --eval-interval 0 for no evaluation"),
+    "training.nproc": (1, "leave it out to use every GPU"),
+    "training.seed": (0, "use 0 or more"),
+    "training.exit_duration": (0, "use 0 for no limit"),
+    "optimizer.min_lr": (0, "use 0 or more"),
+    "optimizer.weight_decay": (0, "use 0 for none"),
+    "optimizer.clip_grad": (0, "use 0 for no clipping"),
+    "optimizer.lr_decay_iterations": (1, "leave it out for --iterations"),
+    "optimizer.wsd_decay_iterations": (1, "leave it out for a tenth of the decay"),
+    "checkpoint.save_interval": (0, "use 0 to save at the end only"),
+    "checkpoint.keep_checkpoints": (0, "use 0 to keep all"),
+    "logging.log_interval": (1, "use 1 for a line every iteration"),
+}
+_POSITIVE = ("model.init_std", "model.layernorm_epsilon", "optimizer.lr", "optimizer.epsilon")
+_SHARES = ("model.hidden_dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2")
+# numpy's RandomState, which shuffles the documents as Megatron does, takes 32 bits.
+_MAX_SEED = 2**32 - 1
+
+
+def machine_independent(run: Run, origins: Mapping[str, str]) -> list[Problem]:
+    """Every mistake of `run` that shows without knowing the machine. Relations are checked only where the ranges hold."""
+    names = Names(run, origins)
+    broken: set[str] = set()
+    found = []
+    for name, problem in (*_ranges(names), *_texts(names)):
+        broken.add(name)
+        found.append(problem)
+    found += _data_source(names)
+    for check, needs in _RELATIONS:
+        if broken.isdisjoint(needs):
+            found += check(names)
+    return found + refusals(run, origins)
+
+
+def _ranges(names: Names) -> Iterator[tuple[str, Problem]]:
+    for name, (least, instead) in _AT_LEAST.items():
+        value = all_settings()[name].read(names.run)
+        if value is not None and value < least:
+            yield name, Problem(names.show(name), f"must be at least {least}", instead)
+    for name in _POSITIVE:
+        setting = all_settings()[name]
+        if setting.read(names.run) <= 0:
+            yield name, Problem(names.show(name), "must be above 0", f"such as {setting.default:g}")
+    for name in _SHARES:
+        setting = all_settings()[name]
+        if not 0 <= setting.read(names.run) < 1:
+            yield name, Problem(names.show(name), "must be at least 0 and below 1", f"such as {setting.default or 0.1:g}")
+    if names.run.parallel.zero not in (None, 0, 1):
+        yield "parallel.zero", Problem(names.show("parallel.zero"), "this version has ZeRO stages 0 and 1", "use --zero 1")
+    if names.run.training.seed > _MAX_SEED:
+        yield "training.seed", Problem(names.show("training.seed"), f"must be at most {_MAX_SEED}", "use a smaller number")
+
+
+def _texts(names: Names) -> Iterator[tuple[str, Problem]]:
+    run = names.run
+    for name, (parse, example) in _PARSED.items():
+        try:
+            parse(run)
+        except ValueError as error:
+            yield name, Problem(names.show(name), str(error), example)
+    yield from _data_texts(run)
+
+
+def _data_texts(run: Run) -> Iterator[tuple[str, Problem]]:
+    """--data and --split, worded by the code that reads them; not with generated tokens, which need neither."""
+    if run.data.mock_data or run.data.data is None:
+        return
+    from megactl.storage.data_spec import parse_data, parse_split
+
+    for name, parse, text in (("data.data", parse_data, run.data.data), ("data.split", parse_split, run.data.split)):
+        try:
+            parse(text)
+        except DataError as error:
+            yield name, Problem("", error.message, error.hint)
+
+
+_PARSED: dict[str, tuple[Callable[[Run], object], str]] = {
+    "optimizer.warmup": (
+        lambda run: parse_warmup(run.optimizer.warmup, run.training.iterations),
+        "such as --warmup 100 or --warmup 1%",
+    ),
+    "training.rampup_batch_size": (
+        lambda run: run.training.rampup_batch_size and parse_rampup(run.training.rampup_batch_size),
+        "such as --rampup-batch-size '16 16 100000'",
+    ),
+}
+
+
+def _data_source(names: Names) -> Iterator[Problem]:
+    data = names.run.data
+    if data.data is not None and data.mock_data:
+        where = f"{names.show('data.data')} with {names.show('data.mock_data')}"
+        yield Problem(where, "a run reads either data or generated tokens", "leave one out")
+    if data.data is None and not data.mock_data:
+        yield Problem("--data", "is not set", "give --data PREFIX, or --mock-data for generated tokens")
+
+
+def _heads(names: Names) -> Iterator[Problem]:
+    model, show = names.run.model, names.show
+    if model.hidden_size % model.num_heads:
+        hidden, heads = nearest_multiples(model.hidden_size, model.num_heads), nearest_divisors(model.num_heads, model.hidden_size)
+        rule = f"must be a multiple of {show('model.num_heads')}"
+        yield Problem(show("model.hidden_size"), rule, f"use --hidden {hidden}, or --heads {heads}")
+
+
+def _positions(names: Names) -> Iterator[Problem]:
+    model, seq_length, show = names.run.model, names.run.training.seq_length, names.show
+    if model.max_positions is not None and seq_length > model.max_positions:
+        rule = f"is longer than {show('model.max_positions')}"
+        yield Problem(show("training.seq_length"), rule, f"use --seq-length {model.max_positions}, or --max-positions {seq_length}")
+
+
+def _tensor_parallel(names: Names) -> Iterator[Problem]:
+    model, parallel, show = names.run.model, names.run.parallel, names.show
+    tp = parallel.tensor_parallel
+    if model.num_heads % tp:
+        rule = f"must divide {show('model.num_heads')}"
+        yield Problem(show("parallel.tensor_parallel"), rule, f"use --tp {nearest_divisors(tp, model.num_heads)}")
+    ffn = model.ffn_size or 4 * model.hidden_size
+    if ffn % tp and not model.num_heads % tp:
+        rule = f"must divide the width of the MLP, {ffn}"
+        instead = f"use --ffn {nearest_multiples(ffn, tp)}, or --tp {nearest_divisors(tp, ffn)}"
+        yield Problem(show("parallel.tensor_parallel"), rule, instead)
+
+
+def _pipeline_parallel(names: Names) -> Iterator[Problem]:
+    model, pp, show = names.run.model, names.run.parallel.pipeline_parallel, names.show
+    if model.num_layers % pp:
+        rule = f"must divide {show('model.num_layers')}"
+        instead = f"use --pp {nearest_divisors(pp, model.num_layers)}, or --layers {nearest_multiples(model.num_layers, pp)}"
+        yield Problem(show("parallel.pipeline_parallel"), rule, instead)
+
+
+def _min_lr(names: Names) -> Iterator[Problem]:
+    optimizer, show = names.run.optimizer, names.show
+    if optimizer.min_lr > optimizer.lr:
+        yield Problem(show("optimizer.min_lr"), f"is above {show('optimizer.lr')}", f"use --min-lr {optimizer.lr / 10:g}")
+
+
+def _decay(names: Names) -> Iterator[Problem]:
+    optimizer, iterations, show = names.run.optimizer, names.run.training.iterations, names.show
+    warmup = parse_warmup(optimizer.warmup, iterations)
+    if warmup > iterations:
+        yield Problem(show("optimizer.warmup"), f"is longer than {show('training.iterations')}", "use --warmup 1%")
+        return
+    decay = optimizer.lr_decay_iterations
+    if decay is not None and decay < warmup:
+        rule = f"ends before the warm-up of {warmup} iterations"
+        yield Problem(show("optimizer.lr_decay_iterations"), rule, f"use --lr-decay-iterations {iterations}")
+        return
+    final, room = optimizer.wsd_decay_iterations, (decay or iterations) - warmup
+    if final is not None and final > room:
+        instead = f"use --wsd-decay-iterations {room}" if room else "use a shorter --warmup"
+        yield Problem(show("optimizer.wsd_decay_iterations"), f"is longer than the {room} iterations after the warm-up", instead)
+
+
+def _rampup(names: Names) -> Iterator[Problem]:
+    training, where = names.run.training, names.show("training.rampup_batch_size")
+    if training.rampup_batch_size is None:
+        return
+    rampup = parse_rampup(training.rampup_batch_size)
+    if training.global_batch_size is None:
+        yield Problem(where, "needs the batch size to grow to", "give --global-batch-size")
+    elif rampup.start >= training.global_batch_size:
+        instead = "leave the ramp-up out" if rampup.start == training.global_batch_size else "use a smaller START"
+        yield Problem(where, f"START {rampup.start} must be below {names.show('training.global_batch_size')}", instead)
+    elif (training.global_batch_size - rampup.start) % rampup.increment:
+        distance = training.global_batch_size - rampup.start
+        rule = f"INCREMENT {rampup.increment} must divide global batch - START = {distance}"
+        yield Problem(where, rule, f"use INCREMENT {nearest_divisors(rampup.increment, distance)}")
+
+
+def _evaluation(names: Names) -> Iterator[Problem]:
+    run = names.run
+    if run.data.mock_data or run.data.data is None:
+        return
+    from megactl.storage.data_spec import parse_split
+
+    shares = parse_split(run.data.split)
+    if shares[0] == 0:
+        yield Problem(names.show("data.split"), "leaves no documents for training", "such as --split 969,30,1")
+    if run.training.eval_interval and shares[1] == 0:
+        rule = f"leaves no documents for {names.show('training.eval_interval')}"
+        yield Problem(names.show("data.split"), rule, "use --split 969,30,1, or --eval-interval 0")
+
+
+# (check, the settings that must be in range for it to make sense)
+_RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], ...] = (
+    (_heads, ("model.hidden_size", "model.num_heads")),
+    (_positions, ("model.max_positions", "training.seq_length")),
+    (_tensor_parallel, ("model.num_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
+    (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel")),
+    (_min_lr, ("optimizer.lr", "optimizer.min_lr")),
+    (_decay, ("optimizer.warmup", "training.iterations", "optimizer.lr_decay_iterations", "optimizer.wsd_decay_iterations")),
+    (_rampup, ("training.rampup_batch_size", "training.global_batch_size")),
+    (_evaluation, ("data.split", "training.eval_interval")),
+)

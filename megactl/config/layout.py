@@ -1,0 +1,103 @@
+"""From degrees and a number of ranks to a layout: the rule, and the nearest layout that keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megactl.config.schema import Run
+from megactl.config.shown import Names, nearest_multiples
+from megactl.errors import Problem
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks there are. `visible`: devices of this machine that the run could use; None where a launcher decided the number.
+
+    `nproc`: the number comes from --nproc. `on_cpus`: any number of ranks could be started here.
+    """
+
+    world_size: int
+    visible: int | None = None
+    nproc: bool = False
+    on_cpus: bool = False
+
+    @property
+    def text(self) -> str:
+        """The number, worded for a message."""
+        if self.visible is None:
+            return f"{self.world_size} were started"
+        return f"--nproc starts {self.world_size}" if self.nproc else f"this machine has {self.world_size}"
+
+
+def layout_problem(run: Run, ranks: Ranks, names: Names) -> Problem | None:
+    """tp x pp x cp must divide the ranks, and --dp must be the rest. Degrees must be at least 1."""
+    parallel = run.parallel
+    model_ranks = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
+    where = _degrees(names)
+    if ranks.world_size % model_ranks:
+        return Problem(where, f"needs {_needed(model_ranks, ranks)} ranks, {ranks.text}", _other_layout(run, ranks, model_ranks))
+    replicas = ranks.world_size // model_ranks
+    if parallel.data_parallel in (None, replicas):
+        return None
+    wanted = model_ranks * parallel.data_parallel
+    other = f", or --nproc {wanted}" if ranks.visible is not None and (wanted <= ranks.visible or ranks.on_cpus) else ""
+    rule = f"needs {wanted} ranks, {ranks.text}"
+    if wanted > ranks.world_size and not other:
+        return Problem(where, rule, f"use --dp {replicas}, or megactl slurm render")
+    return Problem(where, rule, f"use --dp {replicas}{other}")
+
+
+def _degrees(names: Names) -> str:
+    """The degrees above 1, as flags; all-ones is worded by the first."""
+    parallel = names.run.parallel
+    values = {
+        "parallel.tensor_parallel": parallel.tensor_parallel,
+        "parallel.pipeline_parallel": parallel.pipeline_parallel,
+        "parallel.context_parallel": parallel.context_parallel,
+        "parallel.data_parallel": parallel.data_parallel or 1,
+    }
+    return " ".join(names.show(name) for name, value in values.items() if value > 1) or names.show("parallel.tensor_parallel")
+
+
+def _needed(model_ranks: int, ranks: Ranks) -> str:
+    return str(model_ranks) if model_ranks > ranks.world_size else f"a multiple of {model_ranks}"
+
+
+def _other_layout(run: Run, ranks: Ranks, model_ranks: int) -> str:
+    tp, pp, cp = nearest_layout(run, ranks.world_size)
+    flags = " ".join([f"--tp {tp}", f"--pp {pp}", *([f"--cp {cp}"] if cp > 1 else [])])
+    if model_ranks > ranks.world_size:
+        return f"try {flags}, or --nproc {model_ranks}" if ranks.nproc and ranks.on_cpus else f"try {flags}, or megactl slurm render"
+    if ranks.visible is not None:
+        return f"try {flags}, or --nproc {ranks.world_size // model_ranks * model_ranks}"
+    return f"try {flags}, or start {nearest_multiples(ranks.world_size, model_ranks)} ranks"
+
+
+def nearest_layout(run: Run, world_size: int) -> tuple[int, int, int]:
+    """(tp, pp, cp) that divides `world_size` and fits the model, no degree above the one asked for: tp kept first, then cp, then pp.
+
+    (1, 1, 1) always fits, so there is always an answer.
+    """
+    parallel, model = run.parallel, run.model
+    fitting = [
+        (tp, cp, pp)
+        for tp in _divisors(model.num_heads, parallel.tensor_parallel)
+        for cp in range(1, parallel.context_parallel + 1)
+        for pp in _divisors(model.num_layers, parallel.pipeline_parallel)
+        if world_size % (tp * cp * pp) == 0
+    ]
+    tp, cp, pp = max(fitting)
+    return tp, pp, cp
+
+
+def _divisors(whole: int, largest: int) -> list[int]:
+    return [number for number in range(1, min(whole, largest) + 1) if whole % number == 0]
+
+
+def degrees(run: Run, world_size: int) -> dict[str, int]:
+    """The degrees of a resolved run by their short names, innermost axis first."""
+    parallel = run.parallel
+    data_parallel = parallel.data_parallel
+    assert data_parallel is not None, "the run is not resolved"
+    assert parallel.tensor_parallel * parallel.context_parallel * data_parallel * parallel.pipeline_parallel == world_size
+    return {"tp": parallel.tensor_parallel, "cp": parallel.context_parallel, "dp": data_parallel, "pp": parallel.pipeline_parallel}

@@ -1,0 +1,86 @@
+"""The closed table of combinations that this version refuses although each setting is valid alone. Everything not in it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megactl.config.schema import Run
+from megactl.config.shown import Names
+from megactl.errors import Problem
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """`settings` are named in the message; `applies` says whether a run has the combination."""
+
+    settings: tuple[str, ...]
+    applies: Callable[[Run], bool]
+    reason: str
+    instead: str
+
+
+REFUSED: tuple[Refusal, ...] = (
+    Refusal(
+        ("parallel.context_parallel",),
+        lambda run: run.parallel.context_parallel > 1,
+        "attention over a split sequence is not part of this version",
+        "use --cp 1, and more --tp or a shorter --seq-length to save memory",
+    ),
+    Refusal(
+        ("training.precision", "training.device"),
+        lambda run: run.training.precision == "fp64" and run.training.device == "cuda",
+        "fp64 is for verification and runs on the CPU only",
+        "use --device cpu, or --precision fp32",
+    ),
+    Refusal(
+        ("checkpoint.load", "checkpoint.resume"),
+        lambda run: run.checkpoint.load is not None and run.checkpoint.resume == "must",
+        "a run either starts from another run's checkpoint or must continue its own",
+        "use --resume auto with --load, or leave --load out",
+    ),
+    Refusal(
+        ("checkpoint.resume",),
+        lambda run: run.checkpoint.resume == "must" and run.logging.run_dir is None,
+        "without --run-dir the run directory is new and holds no checkpoint",
+        "give --run-dir, or use --resume auto",
+    ),
+    Refusal(
+        ("checkpoint.load_weights",),
+        lambda run: run.checkpoint.load_weights and run.checkpoint.load is None,
+        "says what to take from --load, which is not given",
+        "give --load PATH, or leave --load-weights out",
+    ),
+    Refusal(
+        ("optimizer.wsd_decay_iterations", "optimizer.lr_schedule"),
+        lambda run: run.optimizer.wsd_decay_iterations is not None and run.optimizer.lr_schedule != "wsd",
+        "only the wsd schedule has a final decay of its own",
+        "use --lr-schedule wsd, or leave --wsd-decay-iterations out",
+    ),
+    Refusal(
+        ("optimizer.lr_decay_iterations", "optimizer.lr_schedule"),
+        lambda run: run.optimizer.lr_decay_iterations is not None and run.optimizer.lr_schedule == "constant",
+        "a constant learning rate does not decay",
+        "use --lr-schedule cosine, or leave --lr-decay-iterations out",
+    ),
+    Refusal(
+        ("optimizer.min_lr", "optimizer.lr_schedule"),
+        lambda run: run.optimizer.min_lr > 0 and run.optimizer.lr_schedule == "constant",
+        "a constant learning rate does not decay",
+        "use --lr-schedule cosine, or leave --min-lr out",
+    ),
+    Refusal(
+        ("data.data_cache", "data.mock_data"),
+        lambda run: run.data.data_cache is not None and run.data.mock_data,
+        "generated tokens have no sample index to keep",
+        "leave --data-cache out",
+    ),
+)
+
+
+def refusals(run: Run, origins: Mapping[str, str]) -> list[Problem]:
+    """One problem for each row of the table that `run` has."""
+    names = Names(run, origins)
+    return [
+        Problem(" with ".join(names.show(name) for name in row.settings), row.reason, row.instead) for row in REFUSED if row.applies(run)
+    ]

@@ -1,0 +1,115 @@
+"""The schema seen as a flat list of settings: names, types, flags; and the nearest name to a misspelt one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megactl.config.schema import SECTIONS, Run
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of the schema. `name` is "section.key"; `type` is bool, int, float or str; `optional` where None means "derive it"."""
+
+    section: str
+    key: str
+    type: type
+    optional: bool
+    default: Any
+    help: str
+    flags: tuple[str, ...]
+    choices: tuple[str, ...]
+    metavar: str | None
+
+    @property
+    def name(self) -> str:
+        """The dotted name, as in `--set section.key=value`."""
+        return f"{self.section}.{self.key}"
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that sets it."""
+        return f"MEGACTL_{self.section}_{self.key}".upper()
+
+    @property
+    def flag(self) -> str:
+        """The flag shown to users, without the --no- form."""
+        return self.flags[0].partition("/")[0]
+
+    def read(self, run: Run) -> Any:
+        """This setting's value in `run`."""
+        return getattr(getattr(run, self.section), self.key)
+
+
+@functools.cache
+def all_settings() -> dict[str, Setting]:
+    """Every setting by its dotted name, in the order of the schema."""
+    return {setting.name: setting for section, cls in SECTIONS.items() for setting in _of_section(section, cls)}
+
+
+def _of_section(section: str, cls: type) -> Iterable[Setting]:
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        hint, optional = hints[item.name], False
+        if isinstance(hint, types.UnionType):
+            (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+            optional = True
+        meta = item.metadata
+        yield Setting(section, item.name, hint, optional, item.default, meta["help"], meta["flags"], meta["choices"], meta["metavar"])
+
+
+@functools.cache
+def names_by_alias() -> dict[str, str]:
+    """Every spelling of a setting (key, flag without dashes, Megatron's name) in lower case with underscores -> its dotted name."""
+    found: dict[str, str] = {}
+    for setting in all_settings().values():
+        spellings = [setting.key, *(flag for flags in setting.flags for flag in flags.split("/"))]
+        found.update((normal(spelling), setting.name) for spelling in spellings)
+    return found
+
+
+def normal(word: str) -> str:
+    """A name as it is compared: lower case, underscores, no leading dashes."""
+    return word.strip().lstrip("-").lower().replace("-", "_")
+
+
+def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The candidate most like `word`, or None where none is close. Case and the kind of dash do not count."""
+    import difflib
+
+    spellings: dict[str, str] = {}
+    for candidate in candidates:
+        spellings.setdefault(normal(candidate), candidate)
+    target = normal(word)
+    if target in spellings:
+        return spellings[target]
+    # Of equally close names the one that starts alike is meant: people mistype the end of a word more often than its beginning.
+    close = difflib.get_close_matches(target, spellings, n=4, cutoff=cutoff)
+    if not close:
+        return None
+    best = difflib.SequenceMatcher(None, close[0], target).ratio()
+    ties = [item for item in close if difflib.SequenceMatcher(None, item, target).ratio() > best - 1e-9]
+    return spellings[max(ties, key=lambda item: len(_common_prefix(item, target)))]
+
+
+def _common_prefix(one: str, other: str) -> str:
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return one[:length]
+
+
+def replace(run: Run, values: dict[str, Any]) -> Run:
+    """`run` with the given dotted settings changed ("model.hidden_size": 64); the values must be of the right type already."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        sections.setdefault(section, {})[key] = value
+    changed = {section: dataclasses.replace(getattr(run, section), **keys) for section, keys in sections.items()}
+    return dataclasses.replace(run, **changed)

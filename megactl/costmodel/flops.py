@@ -1,0 +1,118 @@
+"""Floating-point operations of a GPT and the utilisation computed from them. The only place MFU is defined.
+
+Counted is what the matrix multiplies need: every weight matrix (embedding look-ups, biases, LayerNorm and GELU are not), and
+attention's scores and values. A multiply-add is two operations; a backward takes twice its forward. Conventions, always named:
+
+* model FLOPs (MFU): forward and backward once, attention over the whole s x s square;
+* causal model FLOPs (causal MFU): the same with half of that square, which is what a causal kernel has to compute;
+* hardware FLOPs (HFU): model FLOPs plus what recomputation runs again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from megactl.config.schema import Model
+from megactl.costmodel.parameters import ffn_width, vocabulary
+from megactl.errors import ConfigError, Problem
+
+RECOMPUTE = ("none", "selective", "full")
+"""What backward runs again: nothing, attention's scores and values, or every layer's whole forward (never the head)."""
+
+
+def matmul_weights(model: Model) -> dict[str, int]:
+    """Weights that multiply every token, by part (elements): qkv, attention output, both MLP matrices, head (tied or not)."""
+    h, f, layers = model.hidden_size, ffn_width(model), model.num_layers
+    return {"qkv": layers * 3 * h * h, "attention_output": layers * h * h, "mlp": layers * 2 * h * f, "head": h * vocabulary(model)}
+
+
+def forward_flops_per_token(model: Model, seq_length: int, *, causal: bool = False) -> dict[str, int]:
+    """Forward operations for one token of a sequence of `seq_length`, by part; the parts of `matmul_weights` and `attention`."""
+    square = 2 * 2 * seq_length * model.hidden_size * model.num_layers
+    weights = {part: 2 * count for part, count in matmul_weights(model).items()}
+    return {**weights, "attention": square // 2 if causal else square}
+
+
+def model_flops_per_token(model: Model, seq_length: int, *, causal: bool = False) -> int:
+    """Forward and backward operations for one token (six times the matmul weights, plus attention)."""
+    return 3 * sum(forward_flops_per_token(model, seq_length, causal=causal).values())
+
+
+def model_flops(model: Model, seq_length: int, batch: int, *, causal: bool = False) -> int:
+    """Forward and backward operations of one iteration over `batch` sequences, no recomputation."""
+    return batch * seq_length * model_flops_per_token(model, seq_length, causal=causal)
+
+
+def hardware_flops(model: Model, seq_length: int, batch: int, *, recompute: str = "none", causal: bool = False) -> int:
+    """Operations of one iteration including recomputation.
+
+    `full` runs each layer's forward once more (factor 4 instead of 3 on the layers, 3 on the head); `selective` only attention's
+    scores and values. Korthikanti et al. 2022 charge three times as much for the latter; this is the structural count.
+    """
+    if recompute not in RECOMPUTE:
+        raise ConfigError([Problem(f"recompute = {recompute!r}", "is not a known kind", f"set one of {', '.join(RECOMPUTE)}")])
+    forward = forward_flops_per_token(model, seq_length, causal=causal)
+    again = {"none": 0, "selective": forward["attention"], "full": sum(forward.values()) - forward["head"]}[recompute]
+    return batch * seq_length * (3 * sum(forward.values()) + again)
+
+
+def sc21_flops(model: Model, seq_length: int, batch: int, *, recompute: bool) -> float:
+    """The closed form of SC21 (Narayanan et al. 2021, arXiv:2104.04473, eq. 3), ffn = 4h.
+
+    72 B s l h^2 (1 + s/6h + V/12lh), or with full recomputation 96 B s l h^2 (1 + s/6h + V/16lh).
+    """
+    h, layers, vocab = model.hidden_size, model.num_layers, vocabulary(model)
+    factor, head = (96, 16) if recompute else (72, 12)
+    return factor * batch * seq_length * layers * h**2 * (1 + seq_length / (6 * h) + vocab / (head * layers * h))
+
+
+def seed_tflops(*, billions: float, seconds: float, gpus: int, global_batch: int, seq_length: int = 1024, factor: int = 4) -> float:
+    """The rule of thumb `size x factor x 2 x seq x batch / (seconds x gpus x 1000)` in TFLOP/s per GPU.
+
+    `factor` 4 counts forward, backward (2) and full recomputation; 3 is without recomputation. Attention and head are not in it.
+    """
+    return billions * factor * 2 * seq_length * global_batch / (seconds * gpus * 1e3)
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """Speed of one GPU in TFLOP/s under each convention, and as a share of `peak_tflops` (None where the peak is unknown)."""
+
+    hfu_tflops: float
+    mfu_tflops: float
+    causal_mfu_tflops: float
+    peak_tflops: float | None
+    hfu: float | None
+    mfu: float | None
+    causal_mfu: float | None
+
+    def as_dict(self) -> dict[str, float | None]:
+        """The fields under their JSON names."""
+        return asdict(self)
+
+
+def utilization(
+    model: Model,
+    *,
+    seq_length: int,
+    global_batch: int,
+    seconds: float,
+    gpus: int,
+    peak_tflops: float | None = None,
+    recompute: str = "none",
+) -> Utilization:
+    """Utilisation of an iteration of `seconds` over `global_batch` sequences on `gpus` GPUs.
+
+    Hardware FLOPs count the whole attention square, as the published HFU figures do.
+    """
+    for name, value in (("seconds", seconds), ("gpus", gpus)):
+        if value <= 0:
+            raise ConfigError([Problem(f"{name} = {value}", "must be above 0", f"set {name} to what was measured")])
+    work = {
+        "hfu": hardware_flops(model, seq_length, global_batch, recompute=recompute),
+        "mfu": model_flops(model, seq_length, global_batch),
+        "causal_mfu": model_flops(model, seq_length, global_batch, causal=True),
+    }
+    speed = {name: flops / (seconds * gpus * 1e12) for name, flops in work.items()}
+    share = {name: value / peak_tflops if peak_tflops else None for name, value in speed.items()}
+    return Utilization(**{f"{name}_tflops": value for name, value in speed.items()}, peak_tflops=peak_tflops, **share)

@@ -1,0 +1,228 @@
+"""Bytes one rank needs to train a GPT, before it is run.
+
+The formulas follow Korthikanti et al. 2022 (arXiv:2205.05198), changed where this engine differs: dropout keeps no masks (they are
+drawn again), softmax is kept in at least fp32, and what that paper leaves out is here: the cross-entropy peak, one layer's
+backward, and the second copy of a tied embedding. A test counts the tensors that the model really saves.
+
+Symbols: s tokens, b sequences in a micro-batch, h hidden, f MLP width, a heads, t tensor parallel, e bytes of an activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megactl.config.schema import Model
+from megactl.costmodel.parameters import ffn_width, padded_vocab, split_layers, stage_parts, vocabulary
+from megactl.errors import ConfigError, Problem
+from megactl.schedules.generators import max_live_microbatches
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes a parameter takes: the weight used in forward, the accumulated gradient, master copy and Adam's two moments."""
+
+    weight: int
+    gradient: int
+    optimizer: int
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Sizes that an arithmetic type implies. `element` is an activation; `accumulate` is the type of loss, softmax and statistics."""
+
+    state: StateBytes
+    element: int
+    accumulate: int
+
+
+def precision_sizes(precision: str) -> Precision:
+    """Sizes for fp32, bf16 or fp64; gradients are accumulated in fp32 under bf16. Raises ConfigError for another type."""
+    table = {
+        "fp32": Precision(StateBytes(4, 4, 8), 4, 4),
+        "bf16": Precision(StateBytes(2, 4, 12), 2, 4),
+        "fp64": Precision(StateBytes(8, 8, 16), 8, 8),
+    }
+    if precision not in table:
+        raise ConfigError([Problem(f"precision = {precision!r}", "has no memory formula", f"set one of {', '.join(table)}")])
+    return table[precision]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides the memory of a rank besides the model. Sequences and micro-batches are those of one replica."""
+
+    seq_length: int
+    micro_batch_size: int
+    num_microbatches: int
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    zero: int = 0
+    precision: str = "fp32"
+    schedule: str = "1f1b"
+
+    def problems(self) -> list[Problem]:
+        """Every value that no run can have."""
+        counts = [field.name for field in fields(self) if field.type == "int" and field.name != "zero"]
+        found = [Problem(f"{name} = {getattr(self, name)}", "must be at least 1", "set 1") for name in counts if getattr(self, name) < 1]
+        if self.zero not in (0, 1):
+            found.append(Problem(f"zero = {self.zero}", "has no memory formula", "set 0 or 1"))
+        return found
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank of one stage. `total` is the peak of an iteration, so logits and transient do not add up.
+
+    weights, gradients, optimizer: there all the time. activations: kept for backward by all live micro-batches together, with the
+    output each of them sends on. logits: head and loss of the last stage at their peak. transient: working set of one layer.
+    """
+
+    stage: int
+    parameters: int
+    live_microbatches: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    transient: int
+
+    @property
+    def model_state(self) -> int:
+        """Bytes that stay from one iteration to the next."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """Peak bytes of tensors: loss and layer backward are never in progress at the same time."""
+        return self.model_state + self.activations + max(self.logits, self.transient)
+
+    def as_dict(self) -> dict[str, int]:
+        """All parts and the total, in bytes (parameters and micro-batches are counts)."""
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "total": self.total}
+
+
+def estimate_memory(model: Model, layout: Layout) -> MemoryEstimate:
+    """The estimate of the fullest stage. See `estimate_stage`."""
+    return max(estimate_stages(model, layout), key=lambda estimate: estimate.total)
+
+
+def estimate_stages(model: Model, layout: Layout) -> tuple[MemoryEstimate, ...]:
+    """One estimate a pipeline stage: early ones hold more micro-batches, the last one holds the logits."""
+    return tuple(estimate_stage(model, layout, stage) for stage in range(layout.pipeline_parallel))
+
+
+def estimate_stage(model: Model, layout: Layout, stage: int) -> MemoryEstimate:
+    """Peak bytes of tensors on one rank of a stage, without activation recomputation.
+
+    Left out: the CUDA context (0.5 to 2 GB), communication buffers of NCCL and of transfers in flight, library workspaces,
+    the caching allocator's fragmentation (2 to 6 % of the rest), masks of documents (`reset_attention_mask`), dropout masks where
+    the compiled operators are not built, and the square that scaled_dot_product_attention stores where it has no fused kernel.
+    Raises ConfigError where the layout does not divide the model.
+    """
+    problems = layout.problems()
+    if problems:
+        raise ConfigError(problems)
+    state, pp = precision_sizes(layout.precision).state, layout.pipeline_parallel
+    parts = stage_parts(model, tp=layout.tensor_parallel, num_stages=pp, stage=stage, seq_length=layout.seq_length)
+    parameters = sum(parts.values())
+    live = max_live_microbatches(layout.schedule, stage=stage, num_ranks=pp, num_microbatches=layout.num_microbatches)
+    layers, last = len(split_layers(model.num_layers, pp)[stage]), stage == pp - 1
+    sizes = _Sizes.of(model, layout)
+    return MemoryEstimate(
+        stage=stage,
+        parameters=parameters,
+        live_microbatches=live,
+        weights=parameters * state.weight,
+        gradients=parameters * state.gradient,
+        optimizer=-(-parameters * state.optimizer // (layout.data_parallel if layout.zero else 1)),
+        activations=live * (layers * layer_activations(model, layout) + (0 if last else sizes.hidden)),
+        logits=_logits(sizes, live) if last else 0,
+        transient=_layer_transient(sizes),
+    )
+
+
+def layer_activations(model: Model, layout: Layout) -> int:
+    """Bytes one layer keeps for the backward of one micro-batch on one rank.
+
+    With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus LayerNorm's statistics.
+    """
+    sizes = _Sizes.of(model, layout)
+    # Whole on each rank: inputs of both LayerNorms, of qkv and of the first MLP matrix.
+    whole = 4 * sizes.hidden + 2 * 2 * sizes.accumulate * sizes.tokens
+    # Split over t: q, k, v, the input of attention's output matrix, GELU's input and output.
+    split = 4 * sizes.hidden // sizes.tensor_parallel + 2 * sizes.mlp
+    if not sizes.unfused:
+        # Log-sum-exp of every row.
+        return whole + split + sizes.accumulate * model.num_heads * sizes.tokens // sizes.tensor_parallel
+    # Softmax for its own backward; what multiplies the values is another tensor where dropout or a cast lies between.
+    second = model.attention_dropout > 0 or sizes.accumulate != sizes.element
+    causal_mask = layout.seq_length**2
+    return whole + split + sizes.scores * (sizes.accumulate + (sizes.element if second else 0)) + causal_mask
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Recurring sizes on one rank: bytes of hidden states [s, b, h] and of the MLP's [s, b, f/t]; elements of the rest."""
+
+    element: int
+    accumulate: int
+    tensor_parallel: int
+    tokens: int
+    hidden: int
+    mlp: int
+    scores: int
+    logits: int
+    layer_matrix: int
+    head_matrix: int
+    unfused: bool
+    main_gradient: int
+
+    @staticmethod
+    def of(model: Model, layout: Layout) -> _Sizes:
+        precision, t = precision_sizes(layout.precision), layout.tensor_parallel
+        tokens = layout.seq_length * layout.micro_batch_size
+        rows = padded_vocab(vocabulary(model), t) // t
+        return _Sizes(
+            element=precision.element,
+            accumulate=precision.accumulate,
+            tensor_parallel=t,
+            tokens=tokens,
+            hidden=precision.element * tokens * model.hidden_size,
+            mlp=precision.element * tokens * ffn_width(model) // t,
+            scores=model.num_heads * layout.seq_length * tokens // t,
+            logits=tokens * rows,
+            layer_matrix=model.hidden_size * max(ffn_width(model), 3 * model.hidden_size) // t,
+            head_matrix=rows * model.hidden_size,
+            # Dropout inside a fused kernel cannot be repeated by another layout, so `auto` does not use one then.
+            unfused=model.attention == "unfused" or (model.attention == "auto" and model.attention_dropout > 0),
+            main_gradient=precision.state.gradient,
+        )
+
+    def product(self, matrix: int) -> int:
+        """Bytes of a weight gradient on its way into the main gradient: a tensor of its own only where the types differ."""
+        return matrix * self.element if self.element != self.main_gradient else 0
+
+
+def _logits(sizes: _Sizes, live: int) -> int:
+    """Final norm, head and cross-entropy on the last stage, at the worst moment of the newest micro-batch.
+
+    Either the loss: logits, their copy in the loss's type (none where it is the same type) and the exponentials, 10 bytes a
+    logit under bf16. Or the head's backward: the gradient of the logits, of its input and of its weight. Older live
+    micro-batches (GPipe) have kept their exponentials.
+    """
+    copy = sizes.accumulate if sizes.accumulate != sizes.element else 0
+    loss = sizes.logits * (sizes.element + copy + sizes.accumulate)
+    head_backward = sizes.logits * sizes.element + sizes.hidden + sizes.product(sizes.head_matrix)
+    return live * 2 * sizes.hidden + (live - 1) * sizes.logits * sizes.accumulate + max(loss, head_backward)
+
+
+def _layer_transient(sizes: _Sizes) -> int:
+    """Largest working set inside one layer's backward, beyond what it keeps: that of the MLP, or of unfused attention."""
+    through_mlp = sizes.mlp + 2 * sizes.hidden + sizes.product(sizes.layer_matrix)
+    if not sizes.unfused:
+        return through_mlp
+    # Gradients of the probabilities and of the scores; the MLP's kept tensors of this layer are free again by then.
+    attention = sizes.scores * (sizes.element + sizes.accumulate) + sizes.hidden
+    return max(through_mlp, attention - 2 * sizes.hidden - 2 * sizes.mlp)

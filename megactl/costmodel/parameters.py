@@ -1,0 +1,131 @@
+"""How many parameters a GPT has: in all, by part, by pipeline stage and on one rank. The only place that counts them."""
+
+from __future__ import annotations
+
+from math import lcm
+
+from megactl.config.schema import Model
+from megactl.errors import ConfigError, Problem
+
+VOCABULARY_MULTIPLE = 128
+"""Vocabularies are padded to a multiple of this (and of tp), so that the head's matrix multiply has whole tiles."""
+
+SHARDED_PARTS = frozenset({"word_embeddings", "attention", "mlp", "output_head"})
+"""Parts whose parameters tensor parallelism divides; all others are held whole by every tensor-parallel rank."""
+
+
+def ffn_width(model: Model) -> int:
+    """Width of the MLP: as set, or 4 x hidden."""
+    return 4 * model.hidden_size if model.ffn_size is None else model.ffn_size
+
+
+def padded_vocab(vocab: int, tp: int) -> int:
+    """Rows of the embedding after padding: the next multiple of lcm(128, tp)."""
+    multiple = lcm(VOCABULARY_MULTIPLE, tp)
+    return -(-vocab // multiple) * multiple
+
+
+def split_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
+    """Global layer indices of each stage, equally many on each. Raises ConfigError where that is not possible."""
+    if num_stages < 1 or num_layers % num_stages:
+        fits = [stages for stages in range(1, num_layers + 1) if num_layers % stages == 0]
+        nearest = min(fits, key=lambda stages: (abs(stages - num_stages), stages), default=1)
+        instead = f"set pipeline_parallel to {nearest} or num_layers to {max(1, -(-num_layers // max(1, num_stages))) * max(1, num_stages)}"
+        raise ConfigError([Problem(f"num_layers = {num_layers}", f"must be a multiple of the {num_stages} stages", instead)])
+    size = num_layers // num_stages
+    return tuple(range(stage * size, (stage + 1) * size) for stage in range(num_stages))
+
+
+def parameter_parts(model: Model, *, seq_length: int | None = None) -> dict[str, int]:
+    """Parameters of the whole model by part, vocabulary unpadded, a tied weight counted once.
+
+    `seq_length` gives the number of learned positions where the model does not set it. Parts: word_embeddings,
+    position_embeddings, attention, mlp, layernorms, final_layernorm, output_head (0 when tied). Their sum for a tied model
+    with ffn = 4h is l(12h^2 + 13h) + vh + sh + 2h.
+    """
+    hidden, layers = model.hidden_size, model.num_layers
+    vocab, positions = vocabulary(model), learned_positions(model, seq_length)
+    layer = {part: weights + biases for part, (weights, biases) in _layer_parts(model).items()}
+    return {
+        "word_embeddings": vocab * hidden,
+        "position_embeddings": positions * hidden,
+        **{part: layers * count for part, count in layer.items()},
+        "final_layernorm": 2 * hidden,
+        "output_head": vocab * hidden if model.untie_embeddings else 0,
+    }
+
+
+def total_parameters(model: Model, *, seq_length: int | None = None) -> int:
+    """Parameters of the whole model (the sum of `parameter_parts`)."""
+    return sum(parameter_parts(model, seq_length=seq_length).values())
+
+
+def seed_formula(*, num_layers: int, hidden_size: int, vocab_size: int, seq_length: int) -> int:
+    """The closed form l(12h^2 + 13h) + vh + sh + 2h: a tied GPT with ffn = 4h and as many positions as tokens."""
+    h = hidden_size
+    return num_layers * (12 * h * h + 13 * h) + vocab_size * h + seq_length * h + 2 * h
+
+
+def stage_parts(model: Model, *, tp: int, num_stages: int, stage: int, seq_length: int | None = None) -> dict[str, int]:
+    """Parameters that one rank holds for one stage, by part, with the padded vocabulary.
+
+    Split over tp: matrix weights, biases of the column-parallel layers (qkv and the first MLP matrix), embedding and head rows.
+    Whole on each tp rank: LayerNorms, biases of the row-parallel layers, positions. With more than one stage a tied head is a
+    second copy of the embedding on the last stage. Raises ConfigError where tp or the stages do not divide the model.
+    """
+    check_tensor_parallel(model, tp)
+    layers = len(split_layers(model.num_layers, num_stages)[stage])
+    first, last = stage == 0, stage == num_stages - 1
+    rows = padded_vocab(vocabulary(model), tp) // tp * model.hidden_size
+    separate_head = last and (model.untie_embeddings or num_stages > 1)
+    layer = {part: sharded // tp + whole for part, (sharded, whole) in _layer_parts(model).items()}
+    return {
+        "word_embeddings": rows if first else 0,
+        "position_embeddings": learned_positions(model, seq_length) * model.hidden_size if first else 0,
+        **{part: layers * count for part, count in layer.items()},
+        "final_layernorm": 2 * model.hidden_size if last else 0,
+        "output_head": rows if separate_head else 0,
+    }
+
+
+def rank_parameters(model: Model, *, tp: int, pp: int, seq_length: int | None = None) -> tuple[int, ...]:
+    """Parameters that one rank of each pipeline stage holds (the largest of them is what has to fit)."""
+    return tuple(sum(stage_parts(model, tp=tp, num_stages=pp, stage=stage, seq_length=seq_length).values()) for stage in range(pp))
+
+
+def check_tensor_parallel(model: Model, tp: int) -> None:
+    """Raise one ConfigError that names every width of the model that `tp` does not divide."""
+    widths = {"num_heads": model.num_heads, "ffn_size": ffn_width(model), "hidden_size": model.hidden_size}
+    problems = [
+        Problem(f"{name} = {width}", f"must be a multiple of tensor_parallel = {tp}", f"set tensor_parallel to a divisor of {width}")
+        for name, width in widths.items()
+        if tp < 1 or width % tp
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def vocabulary(model: Model) -> int:
+    """Tokens in the vocabulary, unpadded. Raises ConfigError while it is not known."""
+    if model.vocab_size is None:
+        raise ConfigError([Problem("vocab_size", "is not known, and the embedding's size depends on it", "set --vocab or a tokenizer")])
+    return model.vocab_size
+
+
+def learned_positions(model: Model, seq_length: int | None) -> int:
+    """Rows of the position table: as set, or the sequence length. Raises ConfigError where neither is known."""
+    positions = seq_length if model.max_positions is None else model.max_positions
+    if positions is None:
+        rule = "is not known, and the position table's size depends on it"
+        raise ConfigError([Problem("max_positions", rule, "set --seq or --max-positions")])
+    return positions
+
+
+def _layer_parts(model: Model) -> dict[str, tuple[int, int]]:
+    """One layer as {part: (parameters split over tp, parameters every tp rank holds whole)}."""
+    h, f = model.hidden_size, ffn_width(model)
+    return {
+        "attention": (3 * h * h + 3 * h + h * h, h),
+        "mlp": (h * f + f + f * h, h),
+        "layernorms": (0, 4 * h),
+    }

@@ -1,0 +1,1 @@
+"""What runs: the training engine over torch. Imported only inside commands that train or sample."""

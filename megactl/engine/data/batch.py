@@ -1,0 +1,81 @@
+"""From samples to the tensors of one micro-batch: a pure function, so that resuming needs only the number of consumed samples."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from megactl.engine.data.datasets import TokenDataset
+from megactl.errors import DataError
+
+
+class Batch(NamedTuple):
+    """One micro-batch of b sequences of s tokens, on the CPU.
+
+    tokens, labels, position_ids int64 [b, s]; loss_mask float32 [b, s], 0 where a label does not count;
+    segments int64 [b, s], the number of the document inside the sequence, or None where attention may cross documents.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    segments: torch.Tensor | None
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from where a copy to the GPU does not block."""
+        return Batch(*(tensor.pin_memory() if tensor is not None else None for tensor in self))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device; the copy is asynchronous from pinned memory."""
+        return Batch(*(tensor.to(device, non_blocking=True) if tensor is not None else None for tensor in self))
+
+
+def make_batch(
+    dataset: TokenDataset,
+    first_sample: int,
+    count: int,
+    *,
+    eod: int | None,
+    reset_position_ids: bool = False,
+    reset_attention_mask: bool = False,
+    eod_mask_loss: bool = False,
+) -> Batch:
+    """Samples [first_sample, first_sample + count) as a batch.
+
+    A document ends with its `eod` token; the token after it starts the next one. `eod_mask_loss` takes out the loss where the INPUT is the
+    end-of-document token (Megatron's rule): what follows it cannot be predicted from the finished document.
+    Raises DataError beyond the dataset's end, for ids outside the vocabulary, and where a document option is on but `eod` is None.
+    """
+    options = {"reset-position-ids": reset_position_ids, "reset-attention-mask": reset_attention_mask, "eod-mask-loss": eod_mask_loss}
+    wanted = [name for name, on in options.items() if on]
+    if wanted and eod is None:
+        raise DataError(f"--{wanted[0]}: the tokenizer has no known end-of-document token", "name the --tokenizer the data was made with")
+    if first_sample < 0 or first_sample + count > len(dataset):
+        rule = f"{dataset.name} has {len(dataset)}"
+        raise DataError(
+            f"samples {first_sample} to {first_sample + count}: {rule}", "ask for as many samples as the run consumes (iterations, batch)"
+        )
+    rows = np.stack([dataset.tokens(first_sample + i) for i in range(count)])
+    tokens, labels = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+    loss_mask = np.ones(tokens.shape, np.float32)
+    if eod_mask_loss:
+        loss_mask[tokens == eod] = 0.0
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape).copy()
+    segments = None
+    if reset_position_ids or reset_attention_mask:
+        starts = _document_starts(tokens, eod)
+        if reset_position_ids:
+            positions -= np.maximum.accumulate(np.where(starts, positions, 0), axis=1)
+        if reset_attention_mask:
+            segments = torch.from_numpy(np.cumsum(starts, axis=1, dtype=np.int64))
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(loss_mask), torch.from_numpy(positions), segments)
+
+
+def _document_starts(tokens: np.ndarray, eod: int | None) -> np.ndarray:
+    """bool [b, s]: true after each end-of-document token. The first token of a sequence continues whatever it is cut from."""
+    starts = np.zeros(tokens.shape, bool)
+    starts[:, 1:] = tokens[:, :-1] == eod
+    return starts

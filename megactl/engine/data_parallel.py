@@ -1,0 +1,64 @@
+"""Data parallelism: gradients summed over replicas, bucket by bucket, while backward still runs.
+
+Sums, not means: the loss is already divided by the tokens of the whole global batch. Only the last backward of a step
+reduces; before it the reducer is not armed. With ZeRO each bucket is reduce-scattered in place, so that slice r of a
+bucket holds rank r's sum and the other slices hold leftovers.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from megactl.engine.collectives import all_reduce, reduce_scatter
+from megactl.engine.flat import Bucket, FlatParameters
+from megactl.engine.mesh import Axis
+
+
+class GradientReducer:
+    """Launches the reduction of each bucket of one model part as soon as its gradients are complete."""
+
+    def __init__(self, model: nn.Module, flat: FlatParameters, dp: Axis, *, zero: int, overlap: bool) -> None:
+        self.flat, self.dp, self.zero = flat, dp, zero
+        self._armed = False
+        self._next, self._works = 0, []
+        if dp.size > 1 and overlap:
+            # The first unit of the first stage takes integer ids, so no gradient passes through its input: `flush` covers it.
+            for index, unit in enumerate(model.units()):
+                if index or model.embedding is None:
+                    unit.register_full_backward_hook(self._hook(index))
+
+    def _hook(self, unit: int):
+        def done(*_) -> None:
+            if self._armed:
+                self._launch_above(unit)
+
+        return done
+
+    def arm(self) -> None:
+        """Say that the next backward is the last of this step."""
+        self._armed = True
+
+    def flush(self) -> None:
+        """Launch what is left; every gradient of this part is now complete."""
+        if self.dp.size > 1:
+            self._launch_above(-1)
+        self._armed = False
+
+    def wait(self) -> None:
+        """Return once every bucket is reduced, ready for the next step."""
+        for work in self._works:
+            work.wait()
+        self._next, self._works = 0, []
+
+    def _launch_above(self, unit: int) -> None:
+        # Buckets stand in backward order, so the complete ones are always a prefix; the same order on every rank.
+        while self._next < len(self.flat.buckets) and self.flat.buckets[self._next].unit >= max(unit, 0):
+            self._works.append(self._launch(self.flat.buckets[self._next]))
+            self._next += 1
+
+    def _launch(self, bucket: Bucket):
+        whole = self.flat.grads[bucket.start : bucket.stop]
+        if self.zero == 0:
+            return all_reduce(whole, self.dp.group, async_op=True)
+        start, stop = bucket.shard(self.dp.rank, self.dp.size)
+        return reduce_scatter(self.flat.grads[start:stop], whole, self.dp.group, async_op=True)

@@ -1,0 +1,244 @@
+"""The gradient path: every operation that owns weights, with a hand-written backward.
+
+A parameter that lives in a `FlatParameters` buffer has an attribute `main_grad`, a view of one flat buffer in the main
+dtype (fp32; fp64 in verification runs). Backward then writes the weight gradient straight into that view, overwriting it
+in the first micro-batch of a step and adding in the later ones, and returns None to autograd, so `.grad` is never made.
+Data parallelism, ZeRO, clipping and the parity tests read that one buffer. Without `main_grad` (a plain module in a
+notebook) the same functions return ordinary gradients.
+
+Input and weight gradients are separate calls, so that a schedule can run them at different times, and so that the
+reduction of the input gradient over tensor-parallel ranks travels while the weight gradient is computed.
+
+Shapes: x [..., in], weight [out, in], bias [out], ids [...] of int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+class Handle(Protocol):
+    """Something under way that must be waited for, such as an asynchronous collective."""
+
+    def wait(self) -> Any:
+        """Return once the result may be read."""
+
+
+# Starts an in-place reduction of its argument and returns a handle, or None when nothing has to be done.
+StartReduce = Callable[[Tensor], Handle | None]
+
+
+def write_gradient(target: Tensor, gradient: Tensor, accumulate: bool) -> None:
+    """Put `gradient` into `target` (same shape, maybe another dtype): overwrite, or add when `accumulate`."""
+    if accumulate:
+        target.add_(gradient)
+    else:
+        target.copy_(gradient)
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of a linear's input: grad [..., out] @ weight [out, in]."""
+    return grad @ weight
+
+
+def weight_gradient(grad: Tensor, x: Tensor, target: Tensor | None, accumulate: bool) -> Tensor | None:
+    """Gradient of a linear's weight, [out, in]: into `target` when there is one, else returned."""
+    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    if target is None:
+        return grad.t() @ x
+    if target.dtype != grad.dtype:
+        write_gradient(target, grad.t() @ x, accumulate)
+    elif accumulate:
+        target.addmm_(grad.t(), x)
+    else:
+        torch.mm(grad.t(), x, out=target)
+    return None
+
+
+def bias_gradient(grad: Tensor, target: Tensor | None, accumulate: bool) -> Tensor | None:
+    """Gradient of a bias, [out]: the sum of grad [..., out] over everything but the last dimension."""
+    grad = grad.reshape(-1, grad.shape[-1])
+    if target is None:
+        return grad.sum(0)
+    if accumulate:
+        target.add_(grad.sum(0, dtype=target.dtype))
+    else:
+        torch.sum(grad, 0, dtype=target.dtype, out=target)
+    return None
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, accumulate: bool, start_reduce: StartReduce | None):
+        ctx.save_for_backward(x, weight)
+        ctx.targets = getattr(weight, "main_grad", None), getattr(bias, "main_grad", None)
+        ctx.has_bias, ctx.accumulate, ctx.start_reduce = bias is not None, accumulate, start_reduce
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        weight_target, bias_target = ctx.targets
+        grad_x = handle = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = input_gradient(grad, weight)
+            handle = ctx.start_reduce(grad_x) if ctx.start_reduce else None
+        grad_weight = weight_gradient(grad, x, weight_target, ctx.accumulate)
+        if ctx.has_bias:
+            grad_bias = bias_gradient(grad, bias_target, ctx.accumulate)
+        if handle is not None:
+            handle.wait()
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, accumulate: bool = False, start_reduce: StartReduce | None = None
+) -> Tensor:
+    """y = x @ weight.T + bias. `start_reduce` begins a reduction of the input gradient while the weight gradient is computed."""
+    return _Linear.apply(x, weight, bias, accumulate, start_reduce)
+
+
+class _Bias(Function):
+    @staticmethod
+    def forward(ctx, x, bias, accumulate: bool):
+        ctx.target, ctx.accumulate = getattr(bias, "main_grad", None), accumulate
+        return x + bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, bias_gradient(grad, ctx.target, ctx.accumulate), None
+
+
+def add_bias(x: Tensor, bias: Tensor, *, accumulate: bool = False) -> Tensor:
+    """x + bias, for a linear whose product is reduced over ranks before the bias may be added."""
+    return _Bias.apply(x, bias, accumulate)
+
+
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, epsilon: float, accumulate: bool):
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, epsilon)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.targets = getattr(weight, "main_grad", None), getattr(bias, "main_grad", None)
+        ctx.accumulate = accumulate
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad.contiguous(), x, weight.shape, mean, rstd, weight, bias, [True, True, True]
+        )
+        weight_target, bias_target = ctx.targets
+        if weight_target is None:
+            return grad_x, grad_weight, grad_bias, None, None
+        write_gradient(weight_target, grad_weight, ctx.accumulate)
+        write_gradient(bias_target, grad_bias, ctx.accumulate)
+        return grad_x, None, None, None, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, *, accumulate: bool = False) -> Tensor:
+    """LayerNorm over the last dimension."""
+    return _LayerNorm.apply(x, weight, bias, epsilon, accumulate)
+
+
+class _Embedding(Function):
+    @staticmethod
+    def forward(ctx, ids, weight, first_row: int | None, accumulate: bool):
+        local, outside = ids, None
+        if first_row is not None:
+            local = ids - first_row
+            outside = (local < 0) | (local >= weight.shape[0])
+            local = local.masked_fill(outside, 0)
+        y = torch.nn.functional.embedding(local, weight)
+        if outside is not None:
+            y.masked_fill_(outside.unsqueeze(-1), 0)
+        ctx.save_for_backward(local, outside)
+        ctx.rows, ctx.target, ctx.accumulate = weight.shape[0], getattr(weight, "main_grad", None), accumulate
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        local, outside = ctx.saved_tensors
+        if outside is not None:
+            grad = grad.masked_fill(outside.unsqueeze(-1), 0)
+        flat = grad.reshape(-1, grad.shape[-1])
+        target = ctx.target if ctx.target is not None else flat.new_zeros(ctx.rows, flat.shape[-1])
+        if ctx.target is not None and not ctx.accumulate:
+            target.zero_()
+        _add_rows(target, local.reshape(-1), flat)
+        return None, None if ctx.target is not None else target, None, None
+
+
+def _add_rows(target: Tensor, rows: Tensor, values: Tensor) -> None:
+    """target[rows[i]] += values[i], in an order that is the same in every run."""
+    values = values.to(target.dtype)
+    if target.is_cuda:
+        # index_add_ on CUDA uses atomics, whose order changes between runs; index_put_ sorts first.
+        target.index_put_((rows,), values, accumulate=True)
+    else:
+        target.index_add_(0, rows, values)
+
+
+def embedding(ids: Tensor, weight: Tensor, *, first_row: int | None = None, accumulate: bool = False) -> Tensor:
+    """Rows of `weight` [rows, hidden] by id. For a vocabulary shard give its first row: ids it does not hold yield zeros."""
+    return _Embedding.apply(ids, weight, first_row, accumulate)
+
+
+class VocabReduce(Protocol):
+    """The two reductions over vocabulary shards that a cross entropy needs; both work in place."""
+
+    def maximum(self, tensor: Tensor) -> None:
+        """Reduce by maximum."""
+
+    def sum(self, tensor: Tensor) -> None:
+        """Reduce by sum."""
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(ctx, logits, labels, mask, first_row: int, num_rows: int, reduce: VocabReduce | None):
+        # Padded columns (num_rows onwards) count as minus infinity: they are left out here and get a zero gradient.
+        work = logits[..., :num_rows].to(torch.promote_types(logits.dtype, torch.float32))
+        top = work.amax(-1) if num_rows else work.new_full(labels.shape, float("-inf"))
+        if reduce is not None:
+            reduce.maximum(top)
+        exp = (work - top.unsqueeze(-1)).exp_()
+        local = labels - first_row
+        outside = (local < 0) | (local >= num_rows)
+        local = local.masked_fill(outside, 0).unsqueeze(-1)
+        picked = work.gather(-1, local).squeeze(-1) - top if num_rows else torch.zeros_like(top)
+        sums = torch.stack([exp.sum(-1), picked.masked_fill(outside, 0)])
+        if reduce is not None:
+            reduce.sum(sums)
+        denominator, target = sums
+        ctx.save_for_backward(exp, denominator, local, outside, mask)
+        ctx.width, ctx.dtype = logits.shape[-1], logits.dtype
+        return ((denominator.log() - target) * mask).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        exp, denominator, local, outside, mask = ctx.saved_tensors
+        scale = mask * grad
+        softmax = exp.mul_((scale / denominator).unsqueeze(-1))
+        if softmax.shape[-1]:
+            softmax.scatter_add_(-1, local, -scale.masked_fill(outside, 0).unsqueeze(-1))
+        if softmax.shape[-1] != ctx.width:
+            softmax = torch.nn.functional.pad(softmax, (0, ctx.width - softmax.shape[-1]))
+        return softmax.to(ctx.dtype), None, None, None, None, None
+
+
+def cross_entropy_sum(
+    logits: Tensor, labels: Tensor, mask: Tensor, *, first_row: int = 0, num_rows: int | None = None, reduce: VocabReduce | None = None
+) -> Tensor:
+    """Sum over tokens of mask * cross entropy, a 0-d tensor of at least fp32.
+
+    logits [b, s, columns] hold the vocabulary rows first_row .. first_row + num_rows, then padding; labels [b, s]; mask [b, s].
+    Backward may run once: it reuses the saved exponentials as the gradient's memory.
+    """
+    return _CrossEntropy.apply(logits, labels, mask, first_row, logits.shape[-1] if num_rows is None else num_rows, reduce)

@@ -1,0 +1,134 @@
+"""Degrees to process groups. A `Mesh` is passed to whoever needs it; no group lives in a global.
+
+Axes, innermost first: tp, cp, dp, pp. Rank = tp + TP * (cp + CP * (dp + DP * pp)), so that the ranks of one tensor-parallel
+group, which talk most, are neighbours on one host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megactl.config.schema import Parallel
+from megactl.engine.collectives import Group
+
+AXES = ("tp", "cp", "dp", "pp")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis seen from this rank: how many ranks, which of them, their group (None when alone), their global ranks in order."""
+
+    size: int = 1
+    rank: int = 0
+    group: Group | None = None
+    ranks: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place among all ranks, and the groups it talks to."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    tp: Axis = field(default_factory=Axis)
+    cp: Axis = field(default_factory=Axis)
+    dp: Axis = field(default_factory=Axis)
+    pp: Axis = field(default_factory=Axis)
+    # First and last pipeline stage of this column: the two holders of a tied embedding. None unless this rank is one of two.
+    embedding: Axis | None = None
+    # The whole world over gloo, for objects (checkpoint entries, agreement): None when alone.
+    objects: Group | None = None
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head and sees the loss."""
+        return self.pp.rank == self.pp.size - 1
+
+    def coordinates(self) -> dict[str, int]:
+        """This rank's index on each axis."""
+        return {name: getattr(self, name).rank for name in AXES}
+
+
+def coordinates_of(rank: int, sizes: dict[str, int]) -> dict[str, int]:
+    """Index of `rank` on each axis."""
+    place = {}
+    for name in AXES:
+        rank, place[name] = divmod(rank, sizes[name])
+    return place
+
+
+def axis_ranks(name: str, place: dict[str, int], sizes: dict[str, int]) -> list[int]:
+    """Global ranks, in order, of the axis `name` through `place`."""
+    return [rank_of({**place, name: i}, sizes) for i in range(sizes[name])]
+
+
+def rank_of(place: dict[str, int], sizes: dict[str, int]) -> int:
+    """Global rank of a place."""
+    rank = 0
+    for name in reversed(AXES):
+        rank = rank * sizes[name] + place[name]
+    return rank
+
+
+def degrees(parallel: Parallel) -> dict[str, int]:
+    """Sizes of the axes of a resolved `Parallel`."""
+    return {
+        "tp": parallel.tensor_parallel,
+        "cp": parallel.context_parallel,
+        "dp": parallel.data_parallel or 1,
+        "pp": parallel.pipeline_parallel,
+    }
+
+
+def build_mesh(parallel: Parallel, device: torch.device) -> Mesh:
+    """Make the groups of every axis; every rank of the default process group must call this together.
+
+    Raises ValueError when the degrees do not multiply to the world size (the configuration checks that before).
+    """
+    sizes = degrees(parallel)
+    world = sizes["tp"] * sizes["cp"] * sizes["dp"] * sizes["pp"]
+    if world == 1 and not dist.is_initialized():
+        return Mesh(device=device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world != world_size:
+        raise ValueError(f"tp {sizes['tp']} x cp {sizes['cp']} x dp {sizes['dp']} x pp {sizes['pp']} = {world} ranks, but {world_size} run")
+    axes = {name: _build_axis(name, rank, sizes) for name in AXES}
+    objects = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo")
+    return Mesh(device=device, rank=rank, world_size=world_size, **axes, embedding=_embedding_axis(rank, sizes), objects=objects)
+
+
+def _build_axis(name: str, rank: int, sizes: dict[str, int]) -> Axis:
+    if sizes[name] == 1:
+        return Axis(ranks=(rank,))
+    place = coordinates_of(rank, sizes)
+    mine = axis_ranks(name, place, sizes)
+    groups = sorted({tuple(axis_ranks(name, coordinates_of(r, sizes), sizes)) for r in range(dist.get_world_size())})
+    # new_group is collective: every rank makes every group, in one order, and keeps its own.
+    group = None
+    for ranks in groups:
+        made = dist.new_group(list(ranks))
+        if list(ranks) == mine:
+            group = made
+    return Axis(sizes[name], place[name], group, tuple(mine))
+
+
+def _embedding_axis(rank: int, sizes: dict[str, int]) -> Axis | None:
+    if sizes["pp"] == 1:
+        return None
+    found = None
+    columns = sorted({tuple(axis_ranks("pp", coordinates_of(r, sizes), sizes)) for r in range(dist.get_world_size())})
+    for column in columns:
+        ends = (column[0], column[-1])
+        made = dist.new_group(list(ends))
+        if rank in ends:
+            found = Axis(2, ends.index(rank), made, ends)
+    return found

@@ -1,0 +1,209 @@
+"""Building blocks of the models: one device, architecture only.
+
+Shape letters: b micro-batch, s sequence, h hidden, n heads, d head width, f MLP width.
+A module says how its weights may be split over tensor-parallel ranks (`split`), what they start as (`initial`) and
+whether weight decay applies; it never splits anything itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megactl.engine import functional, ops
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward of one micro-batch needs besides activations.
+
+    rng: int64 [3] on the device: seed, step, index of the first sample within the global batch. accumulate: whether
+    backward adds to the gradient buffer (False in the first backward of a step). dropout: off in evaluation.
+    position_ids [b, s]; attention_mask bool [b, 1, s, s] (True: may look), or None for plain causal attention.
+    """
+
+    rng: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None = None
+    accumulate: bool = False
+    dropout: bool = True
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Starting value of a parameter: normal with this standard deviation, or the constant when std is 0."""
+
+    std: float = 0.0
+    constant: float = 0.0
+
+
+Split = Literal["column", "row", "vocab"] | None
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. split 'column' divides the outputs over ranks, 'row' the inputs."""
+
+    def __init__(self, in_features: int, out_features: int, *, split: Split, std: float) -> None:
+        super().__init__()
+        self.split = split
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        self.initial = {"weight": Initial(std=std), "bias": Initial()}
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """x [b, s, in] to [b, s, out]."""
+        return functional.linear(x, self.weight, self.bias, accumulate=micro_batch.accumulate)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over h with weight and bias."""
+
+    def __init__(self, hidden: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(hidden))
+        self.bias = nn.Parameter(torch.empty(hidden))
+        self.initial = {"weight": Initial(constant=1.0), "bias": Initial()}
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """x [b, s, h] to [b, s, h]."""
+        return functional.layer_norm(x, self.weight, self.bias, self.epsilon, accumulate=micro_batch.accumulate)
+
+
+class VocabEmbedding(nn.Module):
+    """Token ids to vectors. `rows` counts padding; `vocab_size` does not."""
+
+    split: Split = "vocab"
+
+    def __init__(self, vocab_size: int, rows: int, hidden: int, std: float) -> None:
+        super().__init__()
+        self.vocab_size, self.add_to_head = vocab_size, False
+        self.weight = nn.Parameter(torch.empty(rows, hidden))
+        self.initial = {"weight": Initial(std=std)}
+
+    def forward(self, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """tokens [b, s] to [b, s, h]."""
+        # A weight shared with the head on this stage already holds the head's gradient when this backward runs.
+        return functional.embedding(tokens, self.weight, accumulate=micro_batch.accumulate or self.add_to_head)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned positions."""
+
+    def __init__(self, positions: int, hidden: int, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(positions, hidden))
+        self.initial = {"weight": Initial(std=std)}
+
+    def forward(self, position_ids: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """position_ids [b, s] to [b, s, h]."""
+        return functional.embedding(position_ids, self.weight, accumulate=micro_batch.accumulate)
+
+
+class VocabHead(nn.Module):
+    """Hidden states to logits over the padded vocabulary; `weight` is its own, or the embedding's when tied on one stage."""
+
+    split: Split = "vocab"
+
+    def __init__(self, vocab_size: int, weight: nn.Parameter, std: float) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.weight = weight
+        self.initial = {"weight": Initial(std=std)}
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """x [b, s, h] to logits [b, s, rows]."""
+        return functional.linear(x, self.weight, accumulate=micro_batch.accumulate)
+
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """Sum of the masked cross entropies, 0-d."""
+        return functional.cross_entropy_sum(logits, labels, mask, num_rows=self.vocab_size)
+
+
+class Dropout(nn.Module):
+    """Dropout added to a residual, drawn from (seed, step, element): `site` tells the dropouts of a model apart."""
+
+    def __init__(self, probability: float, site: int) -> None:
+        super().__init__()
+        self.probability, self.site = probability, site
+
+    def forward(self, x: Tensor, residual: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+        """residual + dropout(x), both [b, s, h]."""
+        if self.probability == 0.0 or not micro_batch.dropout:
+            return x if residual is None else x + residual
+        return ops.dropout_add(x, residual, self.probability, micro_batch.rng, self.site)
+
+
+class CoreAttention(nn.Module):
+    """softmax(Q K^T / sqrt(d)) V on the heads at hand; holds no weights.
+
+    `first_head` and `num_heads` place them among all heads, so that dropout draws the same numbers however heads are split.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, dropout: float, implementation: str, site: int) -> None:
+        super().__init__()
+        self.num_heads, self.first_head = num_heads, 0
+        self.scale, self.dropout, self.site = 1.0 / math.sqrt(head_dim), dropout, site
+        self.implementation = implementation
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """q, k, v [b, n, s, d] to [b, n, s, d]."""
+        dropout = self.dropout if micro_batch.dropout else 0.0
+        # Dropout inside the fused kernels draws from torch's own generator, which no other layout can repeat.
+        if self.implementation == "sdpa" or (self.implementation == "auto" and dropout == 0.0):
+            mask = micro_batch.attention_mask
+            return nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=self.scale
+            )
+        return self._unfused(q, k, v, dropout, micro_batch)
+
+    def _unfused(self, q: Tensor, k: Tensor, v: Tensor, dropout: float, micro_batch: MicroBatch) -> Tensor:
+        s = q.shape[-2]
+        allowed = micro_batch.attention_mask
+        if allowed is None:
+            allowed = torch.ones(s, s, dtype=torch.bool, device=q.device).tril_()
+        scores = (q @ k.transpose(-1, -2)) * self.scale
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        probabilities = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        if dropout:
+            probabilities = ops.dropout_add(
+                probabilities, None, dropout, micro_batch.rng, self.site, outer_offset=self.first_head, outer_size=self.num_heads
+            )
+        return probabilities @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. The rows of qkv are ordered head by head (q, k, v of head 0, then of head 1, ...)."""
+
+    def __init__(self, hidden: int, num_heads: int, *, dropout: float, implementation: str, std: float, output_std: float, site: int):
+        super().__init__()
+        self.head_dim = hidden // num_heads
+        self.qkv = Linear(hidden, 3 * hidden, split="column", std=std)
+        self.core = CoreAttention(num_heads, self.head_dim, dropout, implementation, site)
+        self.output = Linear(hidden, hidden, split="row", std=output_std)
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """x [b, s, h] to [b, s, h], before dropout."""
+        b, s, _ = x.shape
+        qkv = self.qkv(x, micro_batch).view(b, s, -1, 3, self.head_dim)  # heads at hand = columns at hand / 3d
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))
+        y = self.core(q, k, v, micro_batch)
+        return self.output(y.transpose(1, 2).reshape(b, s, -1), micro_batch)
+
+
+class MLP(nn.Module):
+    """h -> f -> GELU -> h."""
+
+    def __init__(self, hidden: int, ffn: int, *, gelu: str, std: float, output_std: float) -> None:
+        super().__init__()
+        self.approximate = "tanh" if gelu == "tanh" else "none"
+        self.up = Linear(hidden, ffn, split="column", std=std)
+        self.down = Linear(ffn, hidden, split="row", std=output_std)
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """x [b, s, h] to [b, s, h], before dropout."""
+        return self.down(nn.functional.gelu(self.up(x, micro_batch), approximate=self.approximate), micro_batch)

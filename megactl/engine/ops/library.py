@@ -1,0 +1,141 @@
+"""Loads megactl._ops, refuses one that does not fit this torch, device or source, and decides between it and the reference.
+
+Nothing is compiled at run time: a compile lock left behind by a killed process would stop every later one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megactl import _build
+from megactl.errors import BuildError, ConfigError, Problem
+
+MODES = ("auto", "compiled", "torch")
+
+
+def mode() -> str:
+    """The value of MEGACTL_OPS. Raises ConfigError where it is none of auto, compiled, torch."""
+    chosen = os.environ.get("MEGACTL_OPS", "auto")
+    if chosen not in MODES:
+        raise ConfigError([Problem(f"MEGACTL_OPS = {chosen}", f"must be one of {', '.join(MODES)}", "unset it for auto")])
+    return chosen
+
+
+# The answer does not change while a process runs, and torch.compile cannot trace the loading: it takes the answer as a constant.
+@torch.compiler.assume_constant_result
+def use_compiled() -> bool:
+    """Whether the compiled operators are used; loads them at the first call.
+
+    Raises BuildError where MEGACTL_OPS=compiled and they are missing, and, unless MEGACTL_OPS=torch, where they do not fit.
+    """
+    chosen = mode()
+    if chosen == "torch":
+        return False
+    missing = load()
+    if missing is None:
+        return True
+    if chosen == "compiled":
+        raise BuildError(f"MEGACTL_OPS=compiled, but {missing}", f"run: {_build.build_command()}")
+    _warn_once(missing)
+    return False
+
+
+def describe() -> str:
+    """One line for `megactl doctor` and logs: what the operators run on and why. Raises as `use_compiled` does."""
+    if not use_compiled():
+        return "plain torch (MEGACTL_OPS=torch)" if mode() == "torch" else f"plain torch ({load()})"
+    info = _build.built("_ops")
+    assert info is not None
+    device = f"CUDA {info.cuda} for sm_{', sm_'.join(info.archs)}" if info.cuda else "CPU only"
+    return f"compiled (torch {info.torch}, Python {info.python}, {device}, source {info.source_hash})"
+
+
+@functools.cache
+def load() -> str | None:
+    """Load and register the compiled operators once. Returns None, or why they are missing. Raises BuildError where they do not fit."""
+    path = _build.find_module("_ops")
+    if path is None:
+        others = ", ".join(other.name for other in _build.other_builds("_ops"))
+        return f"megactl._ops is not built for this Python{f' (found {others})' if others else ''}"
+    check(_build.read_build_info(path))
+    try:
+        importlib.import_module("megactl._ops")
+    except ImportError as error:
+        raise BuildError(f"megactl._ops does not load: {error}", f"run: {_build.build_command()}") from error
+    _register()
+    return None
+
+
+def check(info: _build.BuildInfo | None) -> None:
+    """Raise BuildError, naming both values, where a module built from `info` does not fit this process."""
+    if info is None:
+        problem = "megactl._ops carries no build record, so what it was built for is unknown"
+    else:
+        problem = _torch_problem(info) or _device_problem(info) or _source_problem(info)
+    if problem:
+        raise BuildError(problem, f"run: {_build.build_command()} (or set MEGACTL_OPS=torch for the slower reference)")
+
+
+def _torch_problem(info: _build.BuildInfo) -> str | None:
+    found = re.match(r"\d+\.\d+", torch.__version__)
+    here = found.group() if found else torch.__version__
+    return None if info.torch == here else f"megactl._ops was built for torch {info.torch}, this is torch {here}"
+
+
+def _device_problem(info: _build.BuildInfo) -> str | None:
+    if info.cuda and not torch.version.cuda:
+        return f"megactl._ops was built for CUDA {info.cuda}, this torch is a CPU build"
+    # A CUDA build of torch on a machine without a GPU is well served by CPU kernels.
+    if not info.cuda and torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        return f"megactl._ops was built for the CPU only, this torch has CUDA {torch.version.cuda} and sees {gpus} GPUs"
+    return None
+
+
+def _source_problem(info: _build.BuildInfo) -> str | None:
+    now = _build.stale_source("_ops", info)
+    return f"megactl._ops was built from sources {info.source_hash}, megactl/csrc is now {now}" if now else None
+
+
+@functools.cache
+def _warn_once(missing: str) -> None:
+    """One warning a process, and only where somebody reads it: on the first rank."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        advice = f"using the slower reference in plain torch. To build it: {_build.build_command()}"
+        warnings.warn(f"{missing}: {advice}", RuntimeWarning, stacklevel=4)
+
+
+def _register() -> None:
+    """Tell torch what shapes the operators give and how they differentiate."""
+    fakes: dict[str, Callable[..., Any]] = {
+        "dropout_add": lambda x, *rest: torch.empty_like(x),
+        "philox_bits_": lambda *arguments: None,
+        "normal_": lambda *arguments: None,
+        "adamw_": lambda *arguments: None,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"megactl::{name}", fake)
+    torch.library.register_autograd("megactl::dropout_add", _dropout_backward, setup_context=_dropout_context)
+
+
+def _dropout_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, _, ctx.p, rng, ctx.site, ctx.outer_offset, ctx.outer_size = inputs
+    # Saved, not cloned: autograd's version check then refuses a backward after rng was changed in place.
+    ctx.save_for_backward(rng)
+
+
+def _dropout_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (rng,) = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        # The gradient is dropped and scaled as the input was: the same operator, without a residual.
+        grad_x = torch.ops.megactl.dropout_add(grad.contiguous(), None, ctx.p, rng, ctx.site, ctx.outer_offset, ctx.outer_size)
+    return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None

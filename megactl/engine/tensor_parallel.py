@@ -1,0 +1,165 @@
+"""Tensor parallelism (Shoeybi et al. 2019, section 3): each layer's matrices are divided over the ranks of the tp axis.
+
+    column   W cut by outputs: y_i = x W_i^T. Forward needs nothing; backward sums the input gradient over ranks.
+    row      W cut by inputs:  y = sum_i x_i W_i^T, then the bias once. Forward sums the output; backward needs nothing.
+    vocab    embedding and head cut by vocabulary rows; the cross entropy works on shards and never gathers logits.
+
+A block is column, (heads or GELU on the shard), row: one all-reduce forward and one backward. The backward one runs while
+the weight gradient is computed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from megactl.engine import functional
+from megactl.engine.collectives import all_reduce
+from megactl.engine.mesh import Axis
+from megactl.engine.models.layers import CoreAttention, Linear, MicroBatch, VocabEmbedding, VocabHead
+
+
+def padded_rows(vocab_size: int, tensor_parallel: int) -> int:
+    """Vocabulary rows after padding to a multiple of lcm(128, tp)."""
+    multiple = math.lcm(128, tensor_parallel)
+    return -(-vocab_size // multiple) * multiple
+
+
+class _SumForward(Function):
+    """Sum over ranks forward; backward passes the gradient, which is the same on every rank."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        all_reduce(x, group)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def _sum_forward(x: Tensor, tp: Axis) -> Tensor:
+    return _SumForward.apply(x, tp.group)
+
+
+def _shard(parameter: nn.Parameter, dim: int, size: int) -> nn.Parameter:
+    shape = list(parameter.shape)
+    shape[dim] //= size
+    return nn.Parameter(torch.empty(shape, device=parameter.device, dtype=parameter.dtype))
+
+
+class ColumnParallelLinear(nn.Module):
+    """This rank's outputs of a `Linear`."""
+
+    def __init__(self, whole: Linear, tp: Axis) -> None:
+        super().__init__()
+        self.tp, self.initial = tp, whole.initial
+        self.weight, self.bias = _shard(whole.weight, 0, tp.size), _shard(whole.bias, 0, tp.size)
+        self.split_dim = {"weight": 0, "bias": 0}
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """x [b, s, in], the same on every rank, to [b, s, out / tp]."""
+        return functional.linear(x, self.weight, self.bias, accumulate=micro_batch.accumulate, start_reduce=self._start_reduce)
+
+    def _start_reduce(self, grad: Tensor) -> functional.Handle | None:
+        return all_reduce(grad, self.tp.group, async_op=True)
+
+
+class RowParallelLinear(nn.Module):
+    """This rank's inputs of a `Linear`. The bias is whole on every rank and added once, after the sum."""
+
+    def __init__(self, whole: Linear, tp: Axis) -> None:
+        super().__init__()
+        self.tp, self.initial = tp, whole.initial
+        self.weight, self.bias = _shard(whole.weight, 1, tp.size), whole.bias
+        self.split_dim = {"weight": 1}
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """x [b, s, in / tp] to [b, s, out], the same on every rank."""
+        y = functional.linear(x, self.weight, accumulate=micro_batch.accumulate)
+        return functional.add_bias(_sum_forward(y, self.tp), self.bias, accumulate=micro_batch.accumulate)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """This rank's rows of a `VocabEmbedding`."""
+
+    def __init__(self, whole: VocabEmbedding, tp: Axis) -> None:
+        super().__init__()
+        self.tp, self.initial, self.add_to_head, self.vocab_size = tp, whole.initial, whole.add_to_head, whole.vocab_size
+        self.weight = _shard(whole.weight, 0, tp.size)
+        self.first_row = tp.rank * self.weight.shape[0]
+        self.split_dim = {"weight": 0}
+
+    def forward(self, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """tokens [b, s] to [b, s, h]: each id is held by one rank, the others add zeros."""
+        accumulate = micro_batch.accumulate or self.add_to_head
+        return _sum_forward(functional.embedding(tokens, self.weight, first_row=self.first_row, accumulate=accumulate), self.tp)
+
+
+class _VocabReduce:
+    """Reductions of the cross entropy over the tp axis."""
+
+    def __init__(self, tp: Axis) -> None:
+        self.tp = tp
+
+    def maximum(self, tensor: Tensor) -> None:
+        all_reduce(tensor, self.tp.group, maximum=True)
+
+    def sum(self, tensor: Tensor) -> None:
+        all_reduce(tensor, self.tp.group)
+
+
+class VocabParallelHead(nn.Module):
+    """This rank's columns of the logits, and the cross entropy over them."""
+
+    def __init__(self, whole: VocabHead, weight: nn.Parameter, tp: Axis) -> None:
+        super().__init__()
+        self.tp, self.initial, self.weight, self.vocab_size = tp, whole.initial, weight, whole.vocab_size
+        self.first_row = tp.rank * weight.shape[0]
+        self.num_rows = max(0, min(weight.shape[0], whole.vocab_size - self.first_row))
+        self.split_dim = {"weight": 0}
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """x [b, s, h] to this rank's logits [b, s, rows / tp]."""
+        return functional.linear(x, self.weight, accumulate=micro_batch.accumulate, start_reduce=self._start_reduce)
+
+    def _start_reduce(self, grad: Tensor) -> functional.Handle | None:
+        return all_reduce(grad, self.tp.group, async_op=True)
+
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """Sum of the masked cross entropies over the whole vocabulary, the same on every rank."""
+        return functional.cross_entropy_sum(
+            logits, labels, mask, first_row=self.first_row, num_rows=self.num_rows, reduce=_VocabReduce(self.tp)
+        )
+
+
+def apply_tensor_parallel(model: nn.Module, tp: Axis) -> None:
+    """Replace each module that names a `split` by this rank's shard of it. The weights are not read: they get their values later."""
+    if tp.size == 1:
+        return
+    sharded: dict[int, nn.Parameter] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CoreAttention):
+            module.first_head = tp.rank * (module.num_heads // tp.size)
+            continue
+        replacement = _parallel_form(module, tp, sharded)
+        if replacement is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, replacement)
+
+
+def _parallel_form(module: nn.Module, tp: Axis, sharded: dict[int, nn.Parameter]) -> nn.Module | None:
+    """`sharded` maps a whole vocabulary weight to its shard, so that a tied head keeps sharing it."""
+    if isinstance(module, Linear):
+        return ColumnParallelLinear(module, tp) if module.split == "column" else RowParallelLinear(module, tp)
+    if isinstance(module, VocabEmbedding):
+        made = VocabParallelEmbedding(module, tp)
+        sharded[id(module.weight)] = made.weight
+        return made
+    if isinstance(module, VocabHead):
+        return VocabParallelHead(module, sharded.get(id(module.weight)) or _shard(module.weight, 0, tp.size), tp)
+    return None

@@ -1,0 +1,134 @@
+"""Is a schedule of computations right? Each rule names the rank, the position in its program and what is broken."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from megactl.errors import ScheduleError
+from megactl.schedules.actions import COMPUTE, WEIGHT_GRADIENT, Action, Kind, Schedule
+from megactl.schedules.generators import GENERATORS, max_live_microbatches
+from megactl.schedules.simulation import simulate
+
+
+def broken(rank: int, position: int | None, rule: str) -> ScheduleError:
+    """The error of one broken rule, with its place in front."""
+    where = f"rank {rank}" if position is None else f"rank {rank}, position {position}"
+    return ScheduleError(f"{where}: {rule}", "fix the generator that made this order; it must not be run")
+
+
+def validate(schedule: Schedule) -> None:
+    """Raise ScheduleError at the first broken rule.
+
+    Checked: stages lie on existing ranks and every rank computes only its own; each micro-batch has, on each virtual stage, one F
+    and either one B or one I and one W, in that order; slots are never shared by two live micro-batches and none is left unused;
+    live micro-batches stay within the published bound of the named schedule; and the whole runs without deadlock.
+    """
+    _check_shape(schedule)
+    for rank, program in enumerate(schedule.programs):
+        _check_program(schedule, rank, program)
+        _check_complete(schedule, rank, program)
+        _check_slots(schedule, rank, program)
+    simulate(schedule)
+
+
+def _check_shape(schedule: Schedule) -> None:
+    for label, value in (("num_ranks", schedule.num_ranks), ("num_microbatches", schedule.num_microbatches)):
+        if value < 1:
+            raise ScheduleError(f"{label} = {value}: a schedule needs at least 1")
+    if len(schedule.programs) != schedule.num_ranks:
+        raise ScheduleError(f"{len(schedule.programs)} programs for {schedule.num_ranks} ranks: each rank needs one")
+    if len(schedule.stage_to_rank) != schedule.num_stages:
+        raise ScheduleError(f"stage_to_rank has {len(schedule.stage_to_rank)} entries for {schedule.num_stages} virtual stages")
+    for stage, rank in enumerate(schedule.stage_to_rank):
+        if not 0 <= rank < schedule.num_ranks:
+            raise ScheduleError(f"stage {stage} lies on rank {rank}: ranks are 0 to {schedule.num_ranks - 1}")
+    for rank in range(schedule.num_ranks):
+        if rank not in schedule.stage_to_rank:
+            raise ScheduleError(f"rank {rank} holds no stage: every rank needs one", "use fewer ranks or more stages")
+
+
+def _check_program(schedule: Schedule, rank: int, program: tuple[Action, ...]) -> None:
+    """What can be said of one action on its own, and the order of the parts of one micro-batch."""
+    done: dict[tuple[int, int], list[Kind]] = {}
+    for position, action in enumerate(program):
+        if action.kind not in COMPUTE:
+            raise broken(rank, position, f"{action} is communication; a schedule holds computations only, lower() adds the rest")
+        if not 0 <= action.virtual_stage < schedule.num_stages or schedule.stage_to_rank[action.virtual_stage] != rank:
+            raise broken(rank, position, f"{action} works on a stage that is not on this rank")
+        if not 0 <= action.microbatch < schedule.num_microbatches:
+            raise broken(rank, position, f"{action}: micro-batches are 0 to {schedule.num_microbatches - 1}")
+        if action.payload is not None or action.peer is not None:
+            raise broken(rank, position, f"{action} is a computation and must have neither payload nor peer")
+        parts = done.setdefault((action.virtual_stage, action.microbatch), [])
+        if (problem := _part_problem(parts, action.kind)) is not None:
+            raise broken(rank, position, f"{action}: {problem}")
+        parts.append(action.kind)
+
+
+def _part_problem(parts: list[Kind], kind: Kind) -> str | None:
+    """Why `kind` cannot follow `parts`, the earlier parts of the same micro-batch on the same stage; None if it can."""
+    allowed = {(): {Kind.F}, (Kind.F,): {Kind.B, Kind.I}, (Kind.F, Kind.I): {Kind.W}}.get(tuple(parts), set())
+    if kind in allowed:
+        return None
+    if kind in parts:
+        return f"{kind.value} was already done for it"
+    earlier = ", ".join(part.value for part in parts) or "nothing"
+    return f"{kind.value} may not come after {earlier}; the order is F then B, or F, I, W"
+
+
+def _check_complete(schedule: Schedule, rank: int, program: tuple[Action, ...]) -> None:
+    kinds = Counter((action.virtual_stage, action.microbatch, action.kind) for action in program)
+    for stage in schedule.stages_of(rank):
+        for microbatch in range(schedule.num_microbatches):
+            if not kinds[stage, microbatch, Kind.F]:
+                raise broken(rank, None, f"micro-batch {microbatch} has no F on stage {stage}")
+            if not any(kinds[stage, microbatch, kind] for kind in WEIGHT_GRADIENT):
+                absent = "W" if kinds[stage, microbatch, Kind.I] else "B"
+                raise broken(rank, None, f"micro-batch {microbatch} has no {absent} on stage {stage}")
+
+
+def _check_slots(schedule: Schedule, rank: int, program: tuple[Action, ...]) -> None:
+    peaks = dict.fromkeys(schedule.stages_of(rank), 0)
+    for position, stage, live in live_microbatches(rank, program):
+        peaks[stage] = max(peaks[stage], live)
+        bound = _bound(schedule, stage)
+        if bound is not None and live > bound:
+            raise broken(rank, position, f"{live} live micro-batches on stage {stage}; {schedule.name} holds at most {bound}")
+    for stage, peak in peaks.items():
+        slots = {action.slot for action in program if action.virtual_stage == stage}
+        if slots != set(range(peak)):
+            rule = f"its peak of {peak} live micro-batches needs exactly slots 0 to {peak - 1}"
+            raise broken(rank, None, f"stage {stage} uses slots {sorted(slots)}; {rule}")
+
+
+def live_microbatches(rank: int, program: tuple[Action, ...]) -> Iterator[tuple[int, int, int]]:
+    """Yield (position, stage, live micro-batches on it) after each forward, checking that no slot has two owners.
+
+    `program` is one rank's computations, each micro-batch's parts already known to be complete and in order.
+    """
+    owners: dict[tuple[int, int], int] = {}
+    live: Counter[int] = Counter()
+    for position, action in enumerate(program):
+        buffer = (action.virtual_stage, action.slot)
+        if action.kind is Kind.F:
+            if buffer in owners:
+                raise broken(rank, position, f"{action} takes a slot in which micro-batch {owners[buffer]} is still live")
+            owners[buffer] = action.microbatch
+            live[action.virtual_stage] += 1
+            yield position, action.virtual_stage, live[action.virtual_stage]
+        elif owners.get(buffer) != action.microbatch:
+            raise broken(rank, position, f"{action} uses a slot that its forward did not take")
+        elif action.kind in WEIGHT_GRADIENT:
+            del owners[buffer]
+            live[action.virtual_stage] -= 1
+
+
+def _bound(schedule: Schedule, stage: int) -> int | None:
+    """The published bound, for schedules in the registry; a hand-made one has none."""
+    if schedule.name not in GENERATORS:
+        return None
+    chunks = schedule.num_stages // schedule.num_ranks
+    return max_live_microbatches(
+        schedule.name, stage=stage, num_ranks=schedule.num_ranks, num_microbatches=schedule.num_microbatches, chunks=chunks
+    )

@@ -1,0 +1,1 @@
+"""What lies on disk: token files, tokenizers, preprocessing, sample indices, checkpoints. No torch."""

@@ -1,0 +1,263 @@
+"""Rules and derived values: each refusal says value, rule and a value that is then accepted."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megactl.config.layout import nearest_layout
+from megactl.config.load import load
+from megactl.config.refused import REFUSED
+from megactl.config.settings import all_settings
+from megactl.config.shown import nearest_divisors, nearest_multiples
+from megactl.config.validate import Resolved, resolve
+from megactl.errors import ConfigError
+
+
+def run_with(*assignments: str, preset: str | None = "gpt-tiny", mock: bool = True):
+    extra = ["data.mock_data=true"] if mock else []
+    return load(preset=preset, assignments=[*extra, *assignments])
+
+
+def resolved(*assignments: str, world: int = 1, preset: str | None = "gpt-tiny", mock: bool = True, **facts) -> Resolved:
+    loaded = run_with(*assignments, preset=preset, mock=mock)
+    return resolve(loaded.run, world_size=world, origins=loaded.origins, **facts)
+
+
+def problems(*assignments: str, **arguments) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        resolved(*assignments, **arguments)
+    return [str(problem) for problem in error.value.problems]
+
+
+RULES = [
+    (["parallel.tensor_parallel=3"], 3, "--tp 3: must divide --heads 4 (preset gpt-tiny); use --tp 2 or 4"),
+    (["parallel.pipeline_parallel=3"], 3, "--pp 3: must divide --layers 4 (preset gpt-tiny); use --pp 2 or 4, or --layers 3 or 6"),
+    (
+        ["model.hidden_size=130"],
+        1,
+        "--hidden 130: must be a multiple of --heads 4 (preset gpt-tiny); use --hidden 128 or 132, or --heads 2 or 5",
+    ),
+    (
+        ["model.ffn_size=9", "parallel.tensor_parallel=2"],
+        2,
+        "--tp 2: must divide the width of the MLP, 9; use --ffn 8 or 10, or --tp 1 or 3",
+    ),
+    (["training.seq_length=64", "model.max_positions=32"], 1, "--seq-length 64: is longer than --max-positions 32; use --seq-length 32"),
+    (
+        ["training.global_batch_size=7", "training.micro_batch_size=2"],
+        2,
+        "must be a multiple of --micro-batch-size 2 x dp 2 = 4; use --global-batch-size 4 or 8",
+    ),
+    (["optimizer.lr=0"], 1, "--lr 0: must be above 0; such as 0.0003"),
+    (["optimizer.min_lr=1"], 1, "--min-lr 1: is above --lr 0.0003 (default); use --min-lr 3e-05"),
+    (["optimizer.warmup=2000"], 1, "--warmup 2000: is longer than --iterations 1000 (default)"),
+    (["optimizer.warmup=200%"], 1, "--warmup 200%: is longer than --iterations"),
+    (["optimizer.warmup=soon"], 1, "--warmup soon: must be a number of iterations or a share"),
+    (["optimizer.warmup=50", "optimizer.lr_decay_iterations=20"], 1, "--lr-decay-iterations 20: ends before the warm-up of 50"),
+    (
+        ["optimizer.lr_schedule=wsd", "optimizer.wsd_decay_iterations=2000"],
+        1,
+        "--wsd-decay-iterations 2000: is longer than the 1000 iterations",
+    ),
+    (["optimizer.wsd_decay_iterations=5"], 1, "only the wsd schedule has a final decay"),
+    (["optimizer.lr_schedule=constant", "optimizer.lr_decay_iterations=5"], 1, "a constant learning rate does not decay"),
+    (["optimizer.lr_schedule=constant", "optimizer.min_lr=1e-5"], 1, "a constant learning rate does not decay"),
+    (["optimizer.beta1=1"], 1, "--beta1 1: must be at least 0 and below 1; such as 0.9"),
+    (["optimizer.beta2=-0.1"], 1, "--beta2 -0.1: must be at least 0 and below 1"),
+    (["model.hidden_dropout=1"], 1, "--hidden-dropout 1: must be at least 0 and below 1; such as 0.1"),
+    (["training.iterations=0"], 1, "--iterations 0: must be at least 1"),
+    (["training.seed=-1"], 1, "--seed -1: must be at least 0"),
+    (["training.seed=4294967296"], 1, "--seed 4294967296: must be at most 4294967295"),
+    (["parallel.zero=2"], 1, "--zero 2: this version has ZeRO stages 0 and 1; use --zero 1"),
+    (["parallel.context_parallel=2"], 2, "--cp 2: attention over a split sequence is not part of this version; use --cp 1"),
+    (["parallel.tensor_parallel=0"], 1, "--tp 0: must be at least 1; use 1 for none"),
+    (["training.rampup_batch_size=1 1"], 1, "must be three whole numbers 'START INCREMENT SAMPLES'"),
+    (["training.rampup_batch_size=2 2 100"], 1, "needs the batch size to grow to; give --global-batch-size"),
+    (["training.rampup_batch_size=8 2 100", "training.global_batch_size=4"], 1, "START 8 must be below --global-batch-size 4"),
+    (
+        ["training.rampup_batch_size=2 4 100", "training.global_batch_size=8"],
+        1,
+        "INCREMENT 4 must divide global batch - START = 6; use INCREMENT 3 or 6",
+    ),
+    (
+        ["training.rampup_batch_size=2 1 100", "training.global_batch_size=4"],
+        2,
+        "INCREMENT 1 of --rampup-batch-size '2 1 100': must be a multiple of",
+    ),
+    (["checkpoint.load_weights=true"], 1, "--load-weights: says what to take from --load"),
+    (["checkpoint.load=x", "checkpoint.resume=must", "logging.run_dir=r"], 1, "--load x with --resume must: a run either starts"),
+    (["checkpoint.resume=must"], 1, "without --run-dir the run directory is new"),
+    (["data.data_cache=x"], 1, "generated tokens have no sample index"),
+    (["parallel.data_parallel=3"], 4, "--dp 3: needs 3 ranks, 4 were started; use --dp 4"),
+    (["parallel.data_parallel=8"], 4, "--dp 8: needs 8 ranks, 4 were started; use --dp 4, or megactl slurm render"),
+]
+
+
+@pytest.mark.parametrize(("assignments", "world", "message"), RULES, ids=[" ".join(rule[0]) for rule in RULES])
+def test_each_rule_alone(assignments, world, message):
+    found = problems(*assignments, world=world)
+    assert len(found) == 1 and message in found[0], found
+
+
+def test_every_refused_combination_has_a_test():
+    reasons = {row.reason for row in REFUSED}
+    covered = {reason for reason in reasons if any(reason[:18] in message for _, _, message in RULES)}
+    assert reasons - covered == {"fp64 is for verification and runs on the CPU only"}
+    assert "fp64 is for verification and runs on the CPU only" in problems("training.precision=fp64", "training.device=cuda", gpus=1)[0]
+
+
+def test_the_layout_message_of_the_contract():
+    (message,) = problems("parallel.tensor_parallel=4", "parallel.pipeline_parallel=8", preset="gpt-345m", world=8, visible=8)
+    assert message == "--tp 4 --pp 8: needs 32 ranks, this machine has 8; try --tp 4 --pp 2, or megactl slurm render"
+
+
+def test_layouts_that_do_not_divide():
+    (message,) = problems("parallel.tensor_parallel=4", preset="gpt-345m", world=6, visible=6)
+    assert message == "--tp 4: needs a multiple of 4 ranks, this machine has 6; try --tp 2 --pp 1, or --nproc 4"
+    (message,) = problems("parallel.tensor_parallel=4", preset="gpt-345m", world=6)
+    assert message.endswith("6 were started; try --tp 2 --pp 1, or start 4 or 8 ranks")
+    (message,) = problems("parallel.tensor_parallel=2", "parallel.data_parallel=2", preset="gpt-345m", world=8, visible=8)
+    assert message == "--tp 2 --dp 2: needs 4 ranks, this machine has 8; use --dp 4, or --nproc 4"
+
+
+def test_layouts_on_cpus_with_nproc():
+    assignments = ["parallel.tensor_parallel=4", "parallel.pipeline_parallel=8", "training.device=cpu", "training.nproc=8"]
+    (message,) = problems(*assignments, preset="gpt-345m", world=8, visible=8)
+    assert message == "--tp 4 --pp 8: needs 32 ranks, --nproc starts 8; try --tp 4 --pp 2, or --nproc 32"
+    (message,) = problems("parallel.data_parallel=9", "training.device=cpu", "training.nproc=8", world=8, visible=8)
+    assert message == "--dp 9: needs 9 ranks, --nproc starts 8; use --dp 8, or --nproc 9"
+
+
+def test_a_task_of_srun_may_see_one_gpu_of_several():
+    assert resolved("training.nproc=4", world=4, gpus=1, spawns=False).run.training.device == "cuda"
+
+
+def test_several_mistakes_at_once():
+    found = problems(
+        "optimizer.lr=-1",
+        "parallel.tensor_parallel=3",
+        "parallel.pipeline_parallel=3",
+        "training.iterations=0",
+        "training.global_batch_size=5",
+        "checkpoint.load_weights=true",
+        mock=False,
+        world=18,
+    )
+    starts = ["--iterations 0", "--lr -1", "--data", "--tp 3", "--pp 3", "--load-weights", "--global-batch-size 5"]
+    assert [message.split(":")[0] for message in found] == starts
+
+
+def test_data_is_one_of_two():
+    assert problems(mock=False) == ["--data: is not set; give --data PREFIX, or --mock-data for generated tokens"]
+    assert "a run reads either data or generated tokens" in problems("data.data=corpus", vocab_size=300)[0]
+
+
+@pytest.mark.parametrize("text", ["0.5 a b", "1 a 0 b", "-1 a 2 b", "nan a 1 b"])
+def test_bad_data(text):
+    assert len(problems(f"data.data={text}", mock=False, vocab_size=300)) == 1
+
+
+@pytest.mark.parametrize("text", ["a", "1,2,3,4", "-1,2", "0,0,0", "nan,1", ""])
+def test_bad_split(text):
+    with pytest.raises(ConfigError):
+        resolved("data.data=corpus", f"data.split={text}", mock=False, vocab_size=300)
+
+
+def test_split_must_leave_documents_for_what_is_asked():
+    arguments = {"mock": False, "vocab_size": 300}
+    (message,) = problems("data.data=c", "data.split=100,0,0", "training.eval_interval=5", **arguments)
+    assert message.startswith("--split 100,0,0: leaves no documents for --eval-interval 5")
+    assert "leaves no documents for training" in problems("data.data=c", "data.split=0,1,0", **arguments)[0]
+    resolved("data.data=c", "data.split=100,0,0", **arguments)
+
+
+def test_vocabulary():
+    arguments = {"mock": False}
+    (message,) = problems("data.data=c", vocab_hint="there is no c.json beside the data", **arguments)
+    assert message == "--vocab: the size of the vocabulary is not known: there is no c.json beside the data; give --vocab N, or --tokenizer"
+    (message,) = problems("data.data=c", "model.vocab_size=100", vocab_size=257, vocab_source="the data", **arguments)
+    assert message == "--vocab 100: is smaller than the 257 tokens of the data; use --vocab 257"
+    assert resolved("data.data=c", vocab_size=257, **arguments).run.model.vocab_size == 257
+    assert resolved("data.data=c", "model.vocab_size=512", vocab_size=257, **arguments).run.model.vocab_size == 512
+    assert resolved().run.model.vocab_size == 256
+    assert resolved(preset="gpt-345m").run.model.vocab_size == 50257
+
+
+def test_document_boundaries_need_their_token():
+    arguments = {"mock": False, "vocab_size": 300, "vocab_source": "--tokenizer t"}
+    (message,) = problems("data.data=c", "data.eod_mask_loss=true", **arguments)
+    assert message.startswith("--eod-mask-loss: needs an end-of-document token, and --tokenizer t has none")
+    resolved("data.data=c", "data.eod_mask_loss=true", eod=299, **arguments)
+
+
+def test_devices():
+    assert "no GPU is visible" in problems("training.device=cuda")[0]
+    assert "torch 2.13.0+cpu is built for CPUs only" in problems("training.device=cuda", gpus=2, cpu_torch="2.13.0+cpu")[0]
+    assert "needs a GPU for each rank, this machine has 2; use --nproc 2" in problems("training.nproc=4", world=4, visible=4, gpus=2)[0]
+    assert resolved(gpus=2, world=2).run.training.device == "cuda"
+    assert resolved(gpus=2, world=2, cpu_torch="2.13.0+cpu").run.training.device == "cpu"
+    assert resolved("training.precision=fp64", gpus=2, world=2).run.training.device == "cpu"
+
+
+def test_zero_with_one_replica_is_accepted_and_said():
+    answer = resolved("parallel.zero=1")
+    assert answer.run.parallel.zero == 0
+    assert any(item.key == "parallel.zero" and "--zero 1 with dp 1" in item.reason for item in answer.derived)
+    assert resolved(world=2).run.parallel.zero == 1
+    assert resolved("parallel.zero=0", world=2).run.parallel.zero == 0
+
+
+def test_derived_values_and_reasons():
+    answer = resolved("optimizer.warmup=1%", "optimizer.lr_schedule=wsd", "training.micro_batch_size=2", world=4, run_dir="runs/x")
+    found = {item.key: (item.value, item.reason) for item in answer.derived}
+    assert found["parallel.data_parallel"] == (4, "4 ranks / (tp 1 x pp 1 x cp 1)")
+    assert found["training.global_batch_size"] == (8, "micro-batch 2 x dp 4")
+    assert found["warmup_iterations"][0] == answer.warmup_iterations == 10
+    assert found["optimizer.wsd_decay_iterations"][0] == 100
+    assert found["logging.run_dir"][0] == "runs/x" == answer.run.logging.run_dir
+    assert all(item.reason for item in answer.derived)
+
+
+NEVER_FILLED = {
+    "training.rampup_batch_size",
+    "data.data",
+    "data.tokenizer",
+    "data.data_cache",
+    "checkpoint.load",
+    "logging.tensorboard_dir",
+    "logging.wandb_project",
+    "optimizer.wsd_decay_iterations",
+}
+
+
+def test_nothing_is_left_open():
+    run = resolved(run_dir="runs/x").run
+    assert {name for name, setting in all_settings().items() if setting.read(run) is None} == NEVER_FILLED
+
+
+def test_resolving_twice_changes_nothing():
+    answer = resolved("optimizer.warmup=1%", world=4, run_dir="r")
+    assert resolve(answer.run, world_size=4).run == answer.run
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 64))
+def test_the_suggested_layout_is_accepted(tp, pp, world):
+    loaded = run_with(f"parallel.tensor_parallel={tp}", f"parallel.pipeline_parallel={pp}", preset="gpt-345m")
+    new_tp, new_pp, new_cp = nearest_layout(loaded.run, world)
+    assert new_tp <= tp and new_pp <= pp and new_cp == 1
+    resolved(f"parallel.tensor_parallel={new_tp}", f"parallel.pipeline_parallel={new_pp}", preset="gpt-345m", world=world)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 500), st.integers(1, 100))
+def test_suggested_numbers_keep_the_rule(value, base):
+    assert all(int(word) % base == 0 and int(word) > 0 for word in nearest_multiples(value, base).split(" or "))
+    assert all(value % int(word) == 0 for word in nearest_divisors(base, value).split(" or "))
+
+
+def test_rampup_reaches_the_batch():
+    answer = resolved("training.rampup_batch_size=2 2 100", "training.global_batch_size=8", world=2)
+    assert answer.batch.at(0) == 2 and answer.batch.at(100) == 8 and answer.batch.micro_batches(0) == 1

@@ -1,0 +1,36 @@
+"""What every test may use: a fixed seed, and the folder of shared reference material where it is present."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Seed every generator a test could draw from; torch and numpy only where a test has imported them, for they start slowly."""
+    random.seed(1234)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(1234)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the source checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the checkout; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs {folder}, which is not here")
+    return folder

@@ -1,0 +1,117 @@
+"""Parameter counts against the seed's formula, the published table, and each other."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megactl.config.schema import Model
+from megactl.costmodel.parameters import (
+    SHARDED_PARTS,
+    padded_vocab,
+    parameter_parts,
+    rank_parameters,
+    seed_formula,
+    split_layers,
+    stage_parts,
+    total_parameters,
+)
+from megactl.errors import ConfigError
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+TABLE = SHARED / "data" / "seed-tables" / "aux_msize_architectures.csv"
+GPT_1_3B = Model(num_layers=24, hidden_size=2048, num_heads=16, vocab_size=50257)
+
+
+@pytest.mark.skipif(not TABLE.exists(), reason="the published tables are not beside the repository")
+def test_rows_of_the_published_table() -> None:
+    rows = list(csv.DictReader(TABLE.open()))
+    assert rows
+    for row in rows:
+        hidden, layers, seq, vocab = (int(row[key]) for key in ("hidden", "layers", "seq", "vocab"))
+        model = Model(num_layers=layers, hidden_size=hidden, num_heads=int(row["heads"]), vocab_size=vocab)
+        expected = int(row["params_formula"])
+        assert total_parameters(model, seq_length=seq) == expected
+        assert seed_formula(num_layers=layers, hidden_size=hidden, vocab_size=vocab, seq_length=seq) == expected
+        # The table pads to 128 x tp, as Megatron does.
+        padded = replace(model, vocab_size=int(row["vocab_padded_tp4"]))
+        assert total_parameters(padded, seq_length=seq) == int(row["params_padded_vocab_tied"])
+
+
+def test_gpt2_small_is_the_published_124439808() -> None:
+    model = Model(num_layers=12, hidden_size=768, num_heads=12, vocab_size=50257, max_positions=1024)
+    assert total_parameters(model) == 124_439_808
+    parts = parameter_parts(model)
+    assert parts["word_embeddings"] == 50257 * 768 and parts["output_head"] == 0
+    assert parts["position_embeddings"] == 1024 * 768
+    assert total_parameters(replace(model, untie_embeddings=True)) == 124_439_808 + 50257 * 768
+
+
+def test_counts_are_those_of_the_model_that_is_built() -> None:
+    torch = pytest.importorskip("torch")
+    from megactl.engine.models.gpt import GPT
+
+    for changes in ({}, {"untie_embeddings": True}, {"ffn_size": 80}):
+        config = replace(Model(num_layers=3, hidden_size=32, num_heads=4, vocab_size=101, max_positions=17), **changes)
+        with torch.device("meta"):
+            model = GPT(config)
+        assert sum(p.numel() for p in model.parameters()) == total_parameters(config)
+
+
+@given(
+    layers=st.integers(1, 4),
+    pp=st.integers(1, 4),
+    tp=st.sampled_from([1, 2, 4, 8]),
+    vocab=st.integers(1, 1000),
+    untied=st.booleans(),
+)
+def test_ranks_together_hold_the_model(layers: int, pp: int, tp: int, vocab: int, untied: bool) -> None:
+    """Sharded parts of all tp ranks add up; the rest is held tp times; a tied head is a second copy under pipelining."""
+    model = Model(num_layers=layers * pp, hidden_size=64, num_heads=8, vocab_size=vocab, max_positions=10, untie_embeddings=untied)
+    whole = parameter_parts(replace(model, vocab_size=padded_vocab(vocab, tp)))
+    stages = [stage_parts(model, tp=tp, num_stages=pp, stage=stage) for stage in range(pp)]
+    held = {part: sum(stage[part] for stage in stages) for part in whole}
+    h = 64
+    row_biases = {"attention": layers * pp * h, "mlp": layers * pp * h}
+    for part in whole:
+        kept_whole = row_biases.get(part, 0 if part in SHARDED_PARTS else whole[part])
+        expected = (whole[part] - kept_whole) // tp + kept_whole
+        if part == "output_head" and not untied and pp > 1:
+            expected = whole["word_embeddings"] // tp
+        assert held[part] == expected, part
+    assert rank_parameters(model, tp=tp, pp=pp) == tuple(sum(stage.values()) for stage in stages)
+    assert padded_vocab(vocab, tp) % 128 == 0 and padded_vocab(vocab, tp) % tp == 0
+    assert vocab <= padded_vocab(vocab, tp) < vocab + 128
+
+
+def test_padded_vocabulary() -> None:
+    assert [padded_vocab(50257, tp) for tp in (1, 4, 8)] == [50304, 50304, 50304]
+    assert padded_vocab(50257, 3) == 50304 and padded_vocab(50304, 1) == 50304
+    assert padded_vocab(50257, 5) == 50560 == 79 * 640
+
+
+def test_layers_are_split_evenly_or_refused() -> None:
+    assert split_layers(6, 3) == (range(0, 2), range(2, 4), range(4, 6))
+    assert split_layers(5, 1) == (range(0, 5),)
+    rule = "num_layers = 24: must be a multiple of the 7 stages; set pipeline_parallel to 6 or num_layers to 28"
+    with pytest.raises(ConfigError, match=rule):
+        split_layers(24, 7)
+    with pytest.raises(ConfigError, match="num_layers = 4"):
+        split_layers(4, 0)
+    with pytest.raises(ConfigError, match="pipeline_parallel to 4 or num_layers to 8"):
+        split_layers(4, 8)
+
+
+def test_what_is_not_known_or_does_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="vocab_size: is not known"):
+        total_parameters(Model(), seq_length=8)
+    with pytest.raises(ConfigError, match="max_positions: is not known"):
+        total_parameters(GPT_1_3B)
+    with pytest.raises(ConfigError) as error:
+        rank_parameters(replace(GPT_1_3B, ffn_size=100), tp=3, pp=1, seq_length=8)
+    assert len(error.value.problems) == 3
