@@ -35,10 +35,16 @@ class Model:
     hidden_size: int = setting(768, "width of the residual stream", flags=("--hidden", "--hidden-size"))
     num_heads: int = setting(12, "attention heads", flags=("--heads", "--num-attention-heads"))
     ffn_size: int | None = setting(None, "width of the MLP (default 4 x hidden)", flags=("--ffn", "--ffn-hidden-size"))
-    vocab_size: int | None = setting(None, "tokens in the vocabulary, before padding (default: the tokenizer's)", flags=("--vocab", "--vocab-size"))
-    max_positions: int | None = setting(None, "learned positions (default: the sequence length)", flags=("--max-positions", "--max-position-embeddings"))
+    vocab_size: int | None = setting(
+        None, "tokens in the vocabulary, before padding (default: the tokenizer's)", flags=("--vocab", "--vocab-size")
+    )
+    max_positions: int | None = setting(
+        None, "learned positions (default: the sequence length)", flags=("--max-positions", "--max-position-embeddings")
+    )
     gelu: str = setting("tanh", "GELU: the tanh approximation or the exact erf", flags=("--gelu",), choices=("tanh", "erf"))
-    untie_embeddings: bool = setting(False, "give the output head its own weight", flags=("--untie-embeddings", "--untie-embeddings-and-output-weights"))
+    untie_embeddings: bool = setting(
+        False, "give the output head its own weight", flags=("--untie-embeddings", "--untie-embeddings-and-output-weights")
+    )
     hidden_dropout: float = setting(0.0, "dropout on embeddings and on each residual branch", flags=("--hidden-dropout",))
     attention_dropout: float = setting(0.0, "dropout on attention probabilities", flags=("--attention-dropout",))
     init_std: float = setting(0.02, "standard deviation of the initial weights", flags=("--init-std", "--init-method-std"))
@@ -57,7 +63,9 @@ class Parallel:
     schedule: str = setting("1f1b", "pipeline schedule", flags=("--schedule",), choices=("gpipe", "1f1b"))
     zero: int | None = setting(None, "ZeRO stage: 0, or 1 to shard the optimizer (default 1 when dp > 1)", flags=("--zero",))
     bucket_size: int = setting(40_000_000, "parameters in one gradient bucket", flags=("--bucket-size", "--ddp-bucket-size"))
-    overlap_grad_reduce: bool = setting(True, "reduce gradient buckets while backward still runs", flags=("--overlap-grad-reduce/--no-overlap-grad-reduce",))
+    overlap_grad_reduce: bool = setting(
+        True, "reduce gradient buckets while backward still runs", flags=("--overlap-grad-reduce/--no-overlap-grad-reduce",)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +73,25 @@ class Training:
     """Batches, length and numerics of the run."""
 
     micro_batch_size: int = setting(1, "sequences in one forward pass of one replica", flags=("--micro-batch-size", "--mbs"))
-    global_batch_size: int | None = setting(None, "sequences in one optimizer step (default micro_batch_size x dp)", flags=("--global-batch-size", "--gbs"))
-    rampup_batch_size: str | None = setting(None, "grow the global batch: 'START INCREMENT SAMPLES'", flags=("--rampup-batch-size",), metavar="'START INC SAMPLES'")
+    global_batch_size: int | None = setting(
+        None, "sequences in one optimizer step (default micro_batch_size x dp)", flags=("--global-batch-size", "--gbs")
+    )
+    rampup_batch_size: str | None = setting(
+        None, "grow the global batch: 'START INCREMENT SAMPLES'", flags=("--rampup-batch-size",), metavar="'START INC SAMPLES'"
+    )
     seq_length: int = setting(1024, "tokens in a sequence", flags=("--seq-length", "--seq"))
     iterations: int = setting(1000, "optimizer steps", flags=("--iterations", "--train-iters"))
     eval_interval: int = setting(0, "evaluate every N iterations (0: never)", flags=("--eval-interval",))
     eval_iterations: int = setting(10, "global batches in one evaluation", flags=("--eval-iterations", "--eval-iters"))
-    precision: str = setting("fp32", "arithmetic of forward and backward (fp64 is for verification)", flags=("--precision",), choices=("fp32", "bf16", "fp64"))
+    precision: str = setting(
+        "fp32", "arithmetic of forward and backward (fp64 is for verification)", flags=("--precision",), choices=("fp32", "bf16", "fp64")
+    )
     device: str = setting("auto", "where to run", flags=("--device",), choices=("auto", "cpu", "cuda"))
     nproc: int | None = setting(None, "ranks to start on this machine", flags=("--nproc", "--nproc-per-node"))
     seed: int = setting(1234, "seed of initialisation, dropout and data order", flags=("--seed",))
-    exit_duration: float = setting(0.0, "save and exit 75 after this many minutes (0: no limit)", flags=("--exit-duration", "--exit-duration-in-mins"))
+    exit_duration: float = setting(
+        0.0, "save and exit 75 after this many minutes (0: no limit)", flags=("--exit-duration", "--exit-duration-in-mins")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +101,15 @@ class Optimizer:
     lr: float = setting(3e-4, "peak learning rate", flags=("--lr",))
     min_lr: float = setting(0.0, "learning rate at the end of the decay", flags=("--min-lr",))
     warmup: str = setting("0", "linear warm-up: iterations, or a share such as 1%", flags=("--warmup", "--lr-warmup-iters"), metavar="N|P%")
-    lr_schedule: str = setting("cosine", "shape of the decay", flags=("--lr-schedule", "--lr-decay-style"), choices=("cosine", "linear", "constant", "wsd"))
-    lr_decay_iterations: int | None = setting(None, "iterations until min_lr is reached (default: iterations)", flags=("--lr-decay-iterations", "--lr-decay-iters"))
-    wsd_decay_iterations: int | None = setting(None, "length of the final decay of the wsd schedule (default: a tenth)", flags=("--wsd-decay-iterations", "--lr-wsd-decay-iters"))
+    lr_schedule: str = setting(
+        "cosine", "shape of the decay", flags=("--lr-schedule", "--lr-decay-style"), choices=("cosine", "linear", "constant", "wsd")
+    )
+    lr_decay_iterations: int | None = setting(
+        None, "iterations until min_lr is reached (default: iterations)", flags=("--lr-decay-iterations", "--lr-decay-iters")
+    )
+    wsd_decay_iterations: int | None = setting(
+        None, "length of the final decay of the wsd schedule (default: a tenth)", flags=("--wsd-decay-iterations", "--lr-wsd-decay-iters")
+    )
     weight_decay: float = setting(0.1, "decoupled weight decay, not on norms and biases", flags=("--weight-decay",))
     beta1: float = setting(0.9, "AdamW beta 1", flags=("--beta1", "--adam-beta1"))
     beta2: float = setting(0.95, "AdamW beta 2", flags=("--beta2", "--adam-beta2"))
@@ -99,11 +121,19 @@ class Optimizer:
 class Data:
     """Where the tokens come from."""
 
-    data: str | None = setting(None, "a .bin/.idx prefix, or one quoted string 'WEIGHT PREFIX WEIGHT PREFIX ...'", flags=("--data", "--data-path"))
+    data: str | None = setting(
+        None, "a .bin/.idx prefix, or one quoted string 'WEIGHT PREFIX WEIGHT PREFIX ...'", flags=("--data", "--data-path")
+    )
     mock_data: bool = setting(False, "train on generated tokens", flags=("--mock-data",))
-    tokenizer: str | None = setting(None, "'byte', tokenizer.json, or a folder with vocab.json and merges.txt (default: the one recorded with the data)", flags=("--tokenizer",))
+    tokenizer: str | None = setting(
+        None,
+        "'byte', tokenizer.json, or a folder with vocab.json and merges.txt (default: the one recorded with the data)",
+        flags=("--tokenizer",),
+    )
     split: str = setting("969,30,1", "shares of the documents for train, valid, test", flags=("--split",))
-    data_cache: str | None = setting(None, "folder of the sample indices (default: beside the data)", flags=("--data-cache", "--data-cache-path"))
+    data_cache: str | None = setting(
+        None, "folder of the sample indices (default: beside the data)", flags=("--data-cache", "--data-cache-path")
+    )
     reset_position_ids: bool = setting(False, "restart positions after each end-of-document token", flags=("--reset-position-ids",))
     reset_attention_mask: bool = setting(False, "no attention across documents", flags=("--reset-attention-mask",))
     eod_mask_loss: bool = setting(False, "no loss on end-of-document tokens", flags=("--eod-mask-loss",))
@@ -115,7 +145,9 @@ class Checkpoint:
 
     save_interval: int = setting(0, "save every N iterations (0: only at the end and on a signal)", flags=("--save-interval",))
     keep_checkpoints: int = setting(2, "newest checkpoints kept (0: all)", flags=("--keep-checkpoints",))
-    resume: str = setting("auto", "continue from this run directory's newest good checkpoint", flags=("--resume",), choices=("auto", "never", "must"))
+    resume: str = setting(
+        "auto", "continue from this run directory's newest good checkpoint", flags=("--resume",), choices=("auto", "never", "must")
+    )
     load: str | None = setting(None, "start from another run's checkpoint", flags=("--load",))
     load_weights: bool = setting(False, "with --load: take the weights only", flags=("--load-weights",))
 

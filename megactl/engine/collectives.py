@@ -5,7 +5,6 @@ torch 2.13 renamed reduce_scatter_tensor and all_gather_into_tensor to *_single 
 
 from __future__ import annotations
 
-
 import torch.distributed as dist
 from torch import Tensor
 
@@ -42,5 +41,3 @@ def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]
     if len(works) == len(operations):
         return works[: len(sends)], works[len(sends) :]
     return works, works
-
-

@@ -137,9 +137,7 @@ def _spec(model: nn.Module, prefix: str, module: nn.Module, leaf: str, parameter
 class FlatParameters:
     """The flat buffers of one model part, with the model's parameters replaced by views of them."""
 
-    def __init__(
-        self, model: nn.Module, mesh: Mesh, *, dtype: torch.dtype, main_dtype: torch.dtype, bucket_size: int, shards: int
-    ) -> None:
+    def __init__(self, model: nn.Module, mesh: Mesh, *, dtype: torch.dtype, main_dtype: torch.dtype, bucket_size: int, shards: int) -> None:
         pairs = parameter_specs(model, mesh)
         self.placements, self.buckets, total = _place([spec for _, spec in pairs], bucket_size, shards * ALIGNMENT)
         self.by_name = {placement.spec.name: placement for placement in self.placements}

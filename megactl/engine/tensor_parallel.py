@@ -10,8 +10,6 @@ the weight gradient is computed.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -20,12 +18,6 @@ from megactl.engine import functional
 from megactl.engine.collectives import all_reduce
 from megactl.engine.mesh import Axis
 from megactl.engine.models.layers import CoreAttention, Linear, MicroBatch, VocabEmbedding, VocabHead
-
-
-def padded_rows(vocab_size: int, tensor_parallel: int) -> int:
-    """Vocabulary rows after padding to a multiple of lcm(128, tp)."""
-    multiple = math.lcm(128, tensor_parallel)
-    return -(-vocab_size // multiple) * multiple
 
 
 class _SumForward(Function):
@@ -161,5 +153,6 @@ def _parallel_form(module: nn.Module, tp: Axis, sharded: dict[int, nn.Parameter]
         sharded[id(module.weight)] = made.weight
         return made
     if isinstance(module, VocabHead):
-        return VocabParallelHead(module, sharded.get(id(module.weight)) or _shard(module.weight, 0, tp.size), tp)
+        tied = sharded.get(id(module.weight))
+        return VocabParallelHead(module, _shard(module.weight, 0, tp.size) if tied is None else tied, tp)
     return None

@@ -90,9 +90,9 @@ class ShardedOptimizer:
 
     def _update(self, state: BucketState, segment: Segment, **scalars: Tensor) -> None:
         part = slice(segment.start - state.start, segment.stop - state.start)
-        config = self.config
+        config, master = self.config, state.master[part]
         ops.adamw_(
-            state.param[part], state.master[part], state.grad[part], state.exp_avg[part], state.exp_avg_sq[part],
+            state.param[part] if self.has_master else master, master, state.grad[part], state.exp_avg[part], state.exp_avg_sq[part],
             beta1=config.beta1, beta2=config.beta2, eps=config.epsilon,
             weight_decay=config.weight_decay if segment.decay else 0.0, **scalars,
         )  # fmt: skip

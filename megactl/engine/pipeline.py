@@ -1,0 +1,170 @@
+"""The executor: walks the action list of this rank. Which order that is, the list alone decides (megactl.schedules).
+
+F         forward of one micro-batch on one stage; its tensors live under (stage, micro-batch) until the backward
+B         backward; the first of a step overwrites the gradient buffer, the last one lets buckets be reduced on the way
+Exchange  posted as one batch and not waited for: a receive is waited for by the action that consumes it, a send when
+          its exchange is two exchanges old (its tensor must live that long) or at the end
+REDUCE    launches what the last backward has not launched already
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megactl.engine.collectives import exchange
+from megactl.engine.data.batch import Batch
+from megactl.engine.mesh import Mesh
+from megactl.engine.models.layers import MicroBatch
+from megactl.engine.parallelize import Part
+from megactl.schedules import Action, Exchange, Kind, LoweredSchedule
+
+# Exchanges whose sends may be under way: one whose peer is computing and the one after it.
+_OPEN_EXCHANGES = 2
+
+
+@dataclass
+class _Live:
+    """A micro-batch between its forward and its backward on one stage."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one step needs: this replica's micro-batches, their random keys [m, 3], the gradient of the loss sum (0-d)."""
+
+    batches: Sequence[Batch]
+    rng: Tensor
+    loss_gradient: Tensor
+    dropout: bool = True
+
+
+class PipelineExecutor:
+    """Runs steps of one rank over its parts (stages)."""
+
+    def __init__(self, parts: Sequence[Part], mesh: Mesh, *, hidden_size: int, dtype: torch.dtype) -> None:
+        self.parts = {part.virtual_stage: part for part in parts}
+        self.mesh, self.hidden_size, self.dtype = mesh, hidden_size, dtype
+
+    def run(self, schedule: LoweredSchedule, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Execute one step; returns (sum of token losses, number of tokens that count), 0-d float64, zero unless on the last stage."""
+        return _Step(self, schedule, inputs).run()
+
+
+class _Step:
+    """The state of one step in flight."""
+
+    def __init__(self, executor: PipelineExecutor, schedule: LoweredSchedule, inputs: StepInputs) -> None:
+        self.executor, self.schedule, self.inputs = executor, schedule, inputs
+        self.mesh, self.parts = executor.mesh, executor.parts
+        self.live: dict[tuple[int, int], _Live] = {}
+        self.local: dict[tuple, Tensor] = {}
+        self.arriving: dict[tuple, tuple[Tensor, object]] = {}
+        self.outgoing: dict[tuple, Tensor] = {}
+        self.open: deque[list[tuple[Tensor, object]]] = deque()
+        self.trains = any(isinstance(item, Action) and item.kind is Kind.B for item in schedule.program(self.mesh.pp.rank))
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Walk this rank's program."""
+        do: dict[Kind, Callable[[Action], None]] = {Kind.F: self._forward, Kind.B: self._backward, Kind.REDUCE: self._reduce}
+        with torch.set_grad_enabled(self.trains):
+            for item in self.schedule.program(self.mesh.pp.rank):
+                if isinstance(item, Exchange):
+                    self._exchange(item)
+                else:
+                    do[item.kind](item)
+        while self.open:
+            self._finish_sends(self.open.popleft())
+        return self.loss, self.tokens
+
+    def _forward(self, action: Action) -> None:
+        stage, m = action.virtual_stage, action.microbatch
+        part, batch = self.parts[stage], self.inputs.batches[m]
+        x = batch.tokens if stage == 0 else self._take(action)
+        if stage > 0 and self.trains:
+            x.requires_grad_()
+        y = part.model(x, self._micro_batch(part, m))
+        if stage == self.schedule.num_stages - 1:
+            y = part.model.loss_sum(y, batch.labels, batch.loss_mask.to(torch.promote_types(self.executor.dtype, torch.float32)))
+            self.loss += y.detach()
+            self.tokens += batch.loss_mask.sum()
+        else:
+            self._hand_over(action, y.detach())
+        if self.trains:
+            self.live[stage, m] = _Live(x, y)
+
+    def _micro_batch(self, part: Part, m: int) -> MicroBatch:
+        batch = self.inputs.batches[m]
+        accumulate = self.trains and m != self.schedule.first_backward(part.virtual_stage)
+        mask = None if batch.segments is None else document_mask(batch.segments)
+        return MicroBatch(self.inputs.rng[m], batch.position_ids, mask, accumulate, self.inputs.dropout)
+
+    def _backward(self, action: Action) -> None:
+        stage, m = action.virtual_stage, action.microbatch
+        last = stage == self.schedule.num_stages - 1
+        gradient = self.inputs.loss_gradient if last else self._take(action)
+        live = self.live.pop((stage, m))
+        if m == self.schedule.last_backward(stage):
+            self.parts[stage].reducer.arm()
+        torch.autograd.backward(live.y, gradient.to(live.y.dtype))
+        if stage > 0:
+            self._hand_over(action, live.x.grad)
+
+    def _reduce(self, action: Action) -> None:
+        self.parts[action.virtual_stage].reducer.flush()
+
+    def _hand_over(self, action: Action, tensor: Tensor) -> None:
+        """Keep a result for the exchange that sends it, or for the next stage where that is on this rank."""
+        transfer = self.schedule.sent_by(action)
+        if transfer is not None:
+            self.outgoing[transfer] = tensor.contiguous()
+        else:
+            payload, step = ("activation", 1) if action.kind is Kind.F else ("gradient", -1)
+            self.local[payload, action.virtual_stage + step, action.microbatch] = tensor
+
+    def _take(self, action: Action) -> Tensor:
+        """The tensor a computation reads, waiting for it if it is on its way."""
+        transfer = self.schedule.received_for(action)
+        if transfer is None:
+            payload = "activation" if action.kind is Kind.F else "gradient"
+            return self.local.pop((payload, action.virtual_stage, action.microbatch))
+        tensor, work = self.arriving.pop(transfer)
+        work.wait()
+        return tensor
+
+    def _exchange(self, item: Exchange) -> None:
+        sends = [(self.outgoing.pop(a.transfer), a) for a in item.actions if a.kind is Kind.SEND]
+        receives = [(self._empty(a.microbatch), a) for a in item.actions if a.kind is Kind.RECV]
+        ranks = self.mesh.pp.ranks
+        send_works, receive_works = exchange(
+            [(tensor, ranks[a.peer]) for tensor, a in sends], [(tensor, ranks[a.peer]) for tensor, a in receives], self.mesh.pp.group
+        )
+        for index, (tensor, action) in enumerate(receives):
+            self.arriving[action.transfer] = (tensor, receive_works[min(index, len(receive_works) - 1)])
+        self.open.append([(tensor, send_works[min(i, len(send_works) - 1)]) for i, (tensor, _) in enumerate(sends)])
+        if len(self.open) > _OPEN_EXCHANGES:
+            self._finish_sends(self.open.popleft())
+
+    @staticmethod
+    def _finish_sends(sends: list[tuple[Tensor, object]]) -> None:
+        for _, work in sends:
+            work.wait()
+
+    def _empty(self, m: int) -> Tensor:
+        shape = (*self.inputs.batches[m].tokens.shape, self.executor.hidden_size)
+        return torch.empty(shape, dtype=self.executor.dtype, device=self.mesh.device)
+
+
+def document_mask(segments: Tensor) -> Tensor:
+    """bool [b, 1, s, s], True where a token may look: at earlier tokens of its own document. segments [b, s]."""
+    s = segments.shape[-1]
+    causal = torch.ones(s, s, dtype=torch.bool, device=segments.device).tril_()
+    return (segments[:, None, :, None] == segments[:, None, None, :]) & causal

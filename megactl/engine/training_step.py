@@ -1,0 +1,167 @@
+"""One optimizer step and one evaluation, without host synchronisation: every decision about numbers is a device tensor.
+
+The loss of a step is the sum of token losses over the global batch divided by the number of tokens that count in it, however
+they fall into micro-batches and replicas. Backward starts from 1 / (global batch x sequence length); the true number of
+tokens is known after the forward passes, and the ratio (exactly 1 without a mask) is applied with the clip factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megactl.config.schema import Run
+from megactl.engine.collectives import all_gather, all_reduce
+from megactl.engine.data.batch import Batch
+from megactl.engine.flat import ParameterSpec
+from megactl.engine.mesh import Mesh
+from megactl.engine.optimizer import clip_factor
+from megactl.engine.parallelize import build_part, compute_dtype, main_dtype
+from megactl.engine.pipeline import PipelineExecutor, StepInputs
+from megactl.schedules import LoweredSchedule, build, generate, lower, validate_lowered
+
+Batches = Callable[[int], Batch]
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step found out, equal on all ranks: 0-d float64 device tensors; `stop` > 0 where a rank was asked to stop."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    stop: Tensor
+
+    def packed(self) -> Tensor:
+        """All of it as one tensor [4], for one copy to the host."""
+        return torch.stack([self.loss, self.grad_norm, self.skipped, self.stop])
+
+
+class TrainingStep:
+    """The model part of this rank with everything that a step needs. `run` is resolved."""
+
+    def __init__(self, run: Run, mesh: Mesh) -> None:
+        self.run, self.mesh = run, mesh
+        self.part = build_part(run, mesh, mesh.pp.rank, mesh.pp.size)
+        self.executor = PipelineExecutor([self.part], mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run))
+        self._schedules: dict[tuple[str, int], LoweredSchedule] = {}
+        self._normaliser = self._scalar(1.0, torch.float64)
+        main = main_dtype(run)
+        self._lr, self._adam_step, self._one = self._scalar(0.0, main), self._scalar(0.0, main), self._scalar(1.0, main)
+
+    def _scalar(self, value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((), value, dtype=dtype, device=self.mesh.device)
+
+    @property
+    def adam_step(self) -> Tensor:
+        """Number of updates done, 0-d: iterations less skipped ones."""
+        return self._adam_step
+
+    def step(self, iteration: int, batches: Batches, *, global_batch_size: int, learning_rate: float, stop: float = 0.0) -> StepOutcome:
+        """Forward, backward, reduce, clip and update. `iteration` counts from 1; `batches(i)` is this replica's micro-batch i.
+
+        Every rank must call it with the same iteration, global_batch_size and learning_rate.
+        """
+        self._seed_torch(iteration)
+        count = global_batch_size // (self.run.training.micro_batch_size * self.mesh.dp.size)
+        inputs = self._inputs(iteration, batches, count, global_batch_size)
+        loss_sum, tokens = self.executor.run(self._schedule(self.run.parallel.schedule, count), inputs)
+        self.part.reducer.wait()
+        self.part.optimizer.reduce_tied()
+        totals = self._totals(loss_sum, tokens, stop)
+        return self._update(totals, global_batch_size, learning_rate)
+
+    def _totals(self, loss_sum: Tensor, tokens: Tensor, stop: float) -> Tensor:
+        """[squared norm, loss sum, tokens, stop] over all ranks, in one reduction."""
+        # Tensor-parallel ranks of the last stage all see the same loss: one of them reports it.
+        reports = float(self.mesh.tp.rank == 0 and self.mesh.is_last_stage)
+        stop_flag = self._scalar(stop, torch.float64)
+        totals = torch.stack([self.part.optimizer.norm_squared(), loss_sum * reports, tokens * reports, stop_flag])
+        if self.mesh.world_size > 1:
+            all_reduce(totals, None)
+        return totals
+
+    def _update(self, totals: Tensor, global_batch_size: int, learning_rate: float) -> StepOutcome:
+        squared, loss_sum, tokens, stop = totals
+        tokens = tokens.clamp(min=1.0)
+        self._normaliser = global_batch_size * self.run.training.seq_length / tokens
+        norm = squared.sqrt() * self._normaliser
+        skip = (~torch.isfinite(norm)).to(self._one.dtype)
+        scale = (self._normaliser * clip_factor(norm, self.run.optimizer.clip_grad)).to(self._one.dtype)
+        self._lr.fill_(learning_rate)
+        self._adam_step.add_(1.0 - skip)
+        self.part.optimizer.step(lr=self._lr, step=self._adam_step, grad_scale=scale, skip=skip)
+        return StepOutcome(loss_sum / tokens, norm, skip.double(), stop)
+
+    def _inputs(self, iteration: int, batches: Batches, count: int, global_batch_size: int, dropout: bool = True) -> StepInputs:
+        seed, size, dp = self.run.training.seed, self.run.training.micro_batch_size, self.mesh.dp
+        keys = [[seed, iteration, (index * dp.size + dp.rank) * size] for index in range(count)]
+        rng = torch.tensor(keys, dtype=torch.int64).to(self.mesh.device, non_blocking=True)
+        gradient = self._scalar(1.0 / (global_batch_size * self.run.training.seq_length), torch.float64)
+        held = [batches(index).to(self.mesh.device) for index in range(count)]
+        return StepInputs(held, rng, gradient, dropout)
+
+    def _seed_torch(self, iteration: int) -> None:
+        # Only dropout inside a fused attention kernel draws from torch's generator. Seeding it by step and place, not by history,
+        # makes a resumed run repeat it without saving generator states.
+        if self.run.model.attention == "sdpa" and self.run.model.attention_dropout > 0.0:
+            torch.manual_seed(hash((self.run.training.seed, iteration, self.mesh.rank)) & 0x7FFFFFFFFFFFFFFF)
+
+    def _schedule(self, name: str, count: int) -> LoweredSchedule:
+        key = (name, count)
+        if key not in self._schedules:
+            if name == "forward":
+                orders = [[("F", stage, m) for m in range(count)] for stage in range(self.mesh.pp.size)]
+                plain = build(name, orders, num_microbatches=count, stage_to_rank=range(self.mesh.pp.size))
+                self._schedules[key] = lower(plain)
+            else:
+                lowered = lower(generate(name, num_ranks=self.mesh.pp.size, num_microbatches=count))
+                validate_lowered(lowered)
+                self._schedules[key] = lowered
+        return self._schedules[key]
+
+    def evaluate(self, batches: Batches, count: int, global_batch_size: int) -> Tensor:
+        """Mean token loss over `count` micro-batches a replica, without dropout; 0-d float64, equal on all ranks."""
+        loss_sum, tokens = self.executor.run(self._schedule("forward", count), self._inputs(0, batches, count, global_batch_size, False))
+        return self.mean_loss(loss_sum, tokens)
+
+    def mean_loss(self, loss_sum: Tensor, tokens: Tensor) -> Tensor:
+        """Loss sum over token count, each summed over the ranks that saw it."""
+        reports = float(self.mesh.tp.rank == 0 and self.mesh.is_last_stage)
+        totals = torch.stack([loss_sum, tokens]) * reports
+        if self.mesh.world_size > 1:
+            all_reduce(totals, None)
+        return totals[0] / totals[1].clamp(min=1.0)
+
+    def gradients(self) -> dict[str, tuple[ParameterSpec, Tensor]]:
+        """The last step's gradients before clipping, padding rows left out; collective over dp under ZeRO."""
+        grads = self.part.flat.grads.clone()
+        if self.part.optimizer.zero and self.mesh.dp.size > 1:
+            self._gather_shards(grads)
+        grads *= self._normaliser.to(grads.dtype)
+        return self._by_name(grads)
+
+    def weights(self) -> dict[str, tuple[ParameterSpec, Tensor]]:
+        """The parameters in the main dtype (the masters where there are any), padding rows left out; collective over dp under ZeRO."""
+        values = self.part.flat.params.to(self.part.flat.grads.dtype, copy=True)
+        if self.part.optimizer.has_master:
+            for state in self.part.optimizer.states:
+                values[state.start : state.stop] = state.master
+            if self.part.optimizer.zero and self.mesh.dp.size > 1:
+                self._gather_shards(values)
+        return self._by_name(values)
+
+    def _gather_shards(self, buffer: Tensor) -> None:
+        for state in self.part.optimizer.states:
+            whole = buffer[state.bucket.start : state.bucket.stop]
+            all_gather(whole, buffer[state.start : state.stop].clone(), self.mesh.dp.group)
+
+    def _by_name(self, buffer: Tensor) -> dict[str, tuple[ParameterSpec, Tensor]]:
+        found = {}
+        for placement in self.part.flat.placements:
+            held = tuple(slice(0, n) for n in placement.spec.held_shape)
+            found[placement.spec.name] = placement.spec, self.part.flat.view(buffer, placement)[held]
+        return found
