@@ -1,0 +1,62 @@
+"""What a rank contributes to a checkpoint and what it needs back from one, as pieces of logical tensors.
+
+Saved once: a copy of a tied weight, or of a parameter that every tensor-parallel rank holds whole, belongs to one rank; the
+weights of equal replicas to the first; with ZeRO each replica saves its own range of the optimizer's state. Loaded by all.
+In fp32 and fp64 the weight is its own master, so no master is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from megactl.engine.checkpoint import Piece
+from megactl.engine.flat import ParameterSpec
+from megactl.engine.mesh import Mesh
+from megactl.engine.parallelize import Part
+from megactl.engine.zero import STATE_KINDS, BucketState
+from megactl.storage.pieces import Region, clip
+
+
+def pieces_to_save(part: Part, mesh: Mesh) -> list[Piece]:
+    """This rank's share: over all ranks every element of every tensor exactly once."""
+    pieces = []
+    for spec, piece in _all_pieces(part, weights=mesh.dp.rank == 0, state=part.optimizer.zero > 0 or mesh.dp.rank == 0):
+        if spec.counted:
+            pieces.append(piece)
+    return pieces
+
+
+def pieces_to_load(part: Part, *, optimizer: bool = True) -> list[Piece]:
+    """Everything this rank holds, copies included; without `optimizer` the weights and their masters only."""
+    kinds = STATE_KINDS if optimizer else ("master",)
+    return [piece for _, piece in _all_pieces(part, weights=True, state=True) if piece.kind == "weight" or piece.kind in kinds]
+
+
+def _all_pieces(part: Part, *, weights: bool, state: bool) -> Iterator[tuple[ParameterSpec, Piece]]:
+    kinds = [kind for kind in STATE_KINDS if kind != "master" or part.optimizer.has_master]
+    for placement in part.flat.placements:
+        spec = placement.spec
+        if weights:
+            yield from _piece(spec, "weight", part.flat.params[placement.start : placement.stop], None)
+        for share in part.optimizer.states if state else ():
+            low, high = max(placement.start, share.start), min(placement.stop, share.stop)
+            if low < high:
+                whole = (low, high) == (placement.start, placement.stop)
+                flat_range = None if whole else (low - placement.start, high - placement.start)
+                for kind in kinds:
+                    yield from _piece(spec, kind, _slice(share, kind, low, high), flat_range)
+
+
+def _slice(share: BucketState, kind: str, low: int, high: int) -> Tensor:
+    return share.part(kind)[low - share.start : high - share.start]
+
+
+def _piece(spec: ParameterSpec, kind: str, values: Tensor, flat_range: tuple[int, int] | None) -> Iterator[tuple[ParameterSpec, Piece]]:
+    """`values` is 1-d and may end in padding rows, which are not part of the logical tensor."""
+    padded = tuple((start, start + size) for (start, _), size in zip(spec.rectangle, spec.local_shape, strict=True))
+    region = clip(Region(padded, flat_range), spec.logical_shape)
+    if region is not None:
+        tensor = values[: region.elements].view(region.shape)
+        yield spec, Piece(spec.name, kind, spec.logical_shape, region.rectangle, region.flat_range, tensor)

@@ -1,0 +1,340 @@
+"""The training run of one rank: build, restore, loop, save.
+
+The loop never waits for the device inside a step: what a step found out is copied to the host while the next one runs and
+read one step late. All ranks read the same reduced numbers, so they take the same decisions (stop, save) at the same step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megactl.config.schema import Run
+from megactl.config.validate import Resolved
+from megactl.engine import checkpoint
+from megactl.engine.data import BatchLoader, TokenDataset, build_datasets
+from megactl.engine.environment import compare_fingerprints, fingerprint, write_environment
+from megactl.engine.launch import RankContext, connect_store
+from megactl.engine.mesh import build_mesh
+from megactl.engine.metrics import MetricsWriter, Step
+from megactl.engine.optimizer import learning_rate
+from megactl.engine.resilience import exit_duration_reached
+from megactl.engine.state import pieces_to_load, pieces_to_save
+from megactl.engine.training_step import StepOutcome, TrainingStep
+from megactl.errors import CheckpointError, RunError
+
+EXIT_SAVED = 75
+
+
+def run_rank(run: Run, resolved: Resolved, context: RankContext) -> int:
+    """Train on this rank until the run is done (0) or was asked to stop (75, after a save)."""
+    device = _device(run, context)
+    if context.world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=connect_store(context), rank=context.rank, world_size=context.world_size, timeout=timedelta(minutes=30)
+        )
+    try:
+        code = Trainer(run, resolved, context, device).train()
+        with context.heartbeat.phase("end"):
+            _disconnect()
+        return code
+    except dist.DistError as error:
+        raise RunError(f"rank {context.rank} lost its connection: {error}") from error
+
+
+def _device(run: Run, context: RankContext) -> torch.device:
+    if run.training.device != "cuda":
+        return torch.device("cpu")
+    # A Slurm task may see one GPU of several: its local rank then exceeds what it sees.
+    device = torch.device("cuda", context.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return device
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where the run stands: iterations done and samples consumed by them."""
+
+    iteration: int = 0
+    consumed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step whose outcome is on its way to the host."""
+
+    step: Step
+    outcome: Tensor
+    ready: torch.cuda.Event | None
+
+
+class Trainer:
+    """One rank's run. `run` is resolved."""
+
+    def __init__(self, run: Run, resolved: Resolved, context: RankContext, device: torch.device) -> None:
+        self.run, self.context, self.batch, self.warmup = run, context, resolved.batch, resolved.warmup_iterations
+        self.eod = next((item.value for item in resolved.derived if item.key == "eod"), None)
+        self.mesh = build_mesh(run.parallel, device)
+        self.group = checkpoint.ProcessGroup(self.mesh.objects) if self.mesh.world_size > 1 else checkpoint.SingleProcess()
+        self._check_same_program()
+        self.train_data, self.valid_data = self._datasets()
+        self.engine = TrainingStep(run, self.mesh)
+        self.progress = Progress()
+        self.resumed_from: Path | None = None
+        self._restore()
+        self.writer = self._make_writer() if self.mesh.rank == 0 else None
+        self.saved_at = self.progress.iteration
+
+    def say(self, message: str) -> None:
+        """A line for people, from rank 0."""
+        if self.mesh.rank == 0:
+            print(message, file=sys.stderr, flush=True)
+
+    # Set-up
+
+    def _check_same_program(self) -> None:
+        prints = self.group.gather(fingerprint(self.run))
+        problem = self.group.broadcast(compare_fingerprints(prints) if prints is not None else None)
+        if problem:
+            raise RunError(problem, "install the same megactl everywhere and start every rank with the same settings")
+
+    def _datasets(self) -> tuple[TokenDataset, TokenDataset | None]:
+        training, size = self.run.training, self.batch.global_batch_size
+        wanted = {"train": self.batch.consumed_after(training.iterations)}
+        if training.eval_interval:
+            wanted["valid"] = training.eval_iterations * size
+        log = self._log_waiting if self.context.local_rank == 0 else _quiet
+        built = build_datasets(self.run, wanted, self.run.model.vocab_size, self.eod, log=log)
+        return built.train, built.valid
+
+    def _log_waiting(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    def _loader(self, dataset: TokenDataset) -> BatchLoader:
+        data = self.run.data
+        return BatchLoader(
+            dataset, self.run.training.micro_batch_size, self.mesh.dp.rank, self.mesh.dp.size, eod=self.eod,
+            reset_position_ids=data.reset_position_ids, reset_attention_mask=data.reset_attention_mask, eod_mask_loss=data.eod_mask_loss,
+        )  # fmt: skip
+
+    def _make_writer(self) -> MetricsWriter:
+        from megactl.costmodel import model_flops, peak_tflops
+
+        run, device = self.run, self.mesh.device
+        peak = peak_tflops(torch.cuda.get_device_name(device), run.training.precision) if device.type == "cuda" else None
+        terminal = os.fdopen(self.context.terminal_fd, "w") if self.context.terminal_fd is not None else None
+        write_environment(self.context.run_dir)
+        self._keep_tokenizer()
+        return MetricsWriter(
+            self.context.run_dir, run, start_iteration=self.progress.iteration, total_iterations=run.training.iterations,
+            is_terminal=terminal is not None, terminal=terminal, world_size=self.mesh.world_size,
+            flops_per_iteration=lambda size: model_flops(run.model, run.training.seq_length, size),
+            peak_tflops=peak, total_samples=self.batch.consumed_after(run.training.iterations),
+        )  # fmt: skip
+
+    def _keep_tokenizer(self) -> None:
+        """Copy the tokenizer's file into the run directory, so that `generate` needs nothing else."""
+        spec = self.run.data.tokenizer
+        if spec and Path(spec).is_file() and Path(spec).suffix == ".json":
+            target = self.context.run_dir / "tokenizer.json"
+            if not (target.exists() and target.samefile(spec)):
+                shutil.copyfile(spec, target)
+
+    # Checkpoints
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.context.run_dir / "checkpoints"
+
+    def _restore(self) -> None:
+        """Continue from the run directory's newest good checkpoint, or start from another run's, as the settings say."""
+        settings = self.run.checkpoint
+        if self.mesh.rank == 0:
+            checkpoint.sweep(self._checkpoints, self.say)
+        self.group.barrier()
+        found = None if settings.resume == "never" else checkpoint.find(self._checkpoints, self.say, group=self.group)
+        if found is None and settings.resume == "must":
+            raise CheckpointError(f"--resume must: {self._checkpoints} holds no checkpoint", "use --resume auto to start afresh")
+        if found is not None:
+            self._load(found, optimizer=True)
+            self.resumed_from = found
+            self.say(f"resuming from {found} at iteration {self.progress.iteration}")
+        elif settings.load is not None:
+            self._load(self._other_checkpoint(settings.load), optimizer=not settings.load_weights)
+            if settings.load_weights:
+                self.progress = Progress()
+            self.say(f"starting from {settings.load} at iteration {self.progress.iteration}")
+
+    def _other_checkpoint(self, path: str) -> Path:
+        from megactl.storage.checkpoint_folder import resolve
+
+        return resolve(Path(path))
+
+    def _load(self, path: Path, *, optimizer: bool) -> None:
+        with self.context.heartbeat.phase("save"):
+            header = checkpoint.load(path, pieces_to_load(self.engine.part, optimizer=optimizer), group=self.group)
+        self.progress = Progress(header.step, header.consumed_samples)
+        if optimizer:
+            self.engine.adam_step.fill_(header.state["adam_step"])
+
+    def save(self) -> None:
+        """Write a checkpoint of the iterations done so far; collective."""
+        started = time.monotonic()
+        header = {
+            "consumed_samples": self.progress.consumed,
+            "layout": {axis: getattr(self.mesh, axis).size for axis in ("tp", "cp", "dp", "pp")} | {"zero": self.run.parallel.zero},
+            "precision": self.run.training.precision,
+            "model": dataclasses.asdict(self.run.model),
+            "tokenizer": {"spec": self.run.data.tokenizer} if self.run.data.tokenizer else None,
+            "state": {"adam_step": float(self.engine.adam_step), "seed": self.run.training.seed},
+        }
+        with self.context.heartbeat.phase("save"):
+            path = checkpoint.save(
+                self._checkpoints, step=self.progress.iteration, pieces=pieces_to_save(self.engine.part, self.mesh), header=header,
+                group=self.group, keep=self.run.checkpoint.keep_checkpoints, protect=self.resumed_from, log=self.say,
+            )  # fmt: skip
+        self.saved_at = self.progress.iteration
+        self.say(f"saved {path} in {time.monotonic() - started:.1f} s")
+
+    # The loop
+
+    def train(self) -> int:
+        """Run the remaining iterations; returns the exit code."""
+        training = self.run.training
+        if self.progress.iteration >= training.iterations:
+            self.say(f"nothing to do: {self.progress.iteration} of {training.iterations} iterations are done")
+        stopped = False
+        with self._loader(self.train_data).prefetch(self._schedule(), pin_memory=self.mesh.device.type == "cuda") as batches:
+            pending: _Pending | None = None
+            self._clock = time.monotonic()
+            while self.progress.iteration < training.iterations and not stopped:
+                launched = self._launch_step(batches)
+                stopped = self._read(pending)
+                pending = launched
+                if self._pauses_after(self.progress.iteration):
+                    stopped = self._read(pending) or stopped
+                    pending = None
+                    self._pause()
+            stopped = self._read(pending) or stopped
+        return self._finish(stopped)
+
+    def _schedule(self) -> Iterator[tuple[int, int]]:
+        """(consumed samples, micro-batch index) of every micro-batch still to come."""
+        consumed = self.progress.consumed
+        for _ in range(self.progress.iteration, self.run.training.iterations):
+            yield from ((consumed, index) for index in range(self.batch.micro_batches(consumed)))
+            consumed += self.batch.at(consumed)
+
+    def _launch_step(self, batches: Iterator[Any]) -> _Pending:
+        progress = self.progress
+        iteration, size = progress.iteration + 1, self.batch.at(progress.consumed)
+        held = [next(batches) for _ in range(self.batch.micro_batches(progress.consumed))]
+        rate = learning_rate(self.run.optimizer, self.warmup, iteration)
+        stop = float(self._stop_wanted())
+        outcome = self.engine.step(iteration, held.__getitem__, global_batch_size=size, learning_rate=rate, stop=stop)
+        self.progress = Progress(iteration, progress.consumed + size)
+        self.context.heartbeat.beat(iteration)
+        step = Step(
+            iteration=iteration, consumed_samples=self.progress.consumed, loss=float("nan"), learning_rate=rate, global_batch_size=size,
+            seconds=0.0,
+        )  # fmt: skip
+        return self._to_host(step, outcome)
+
+    def _stop_wanted(self) -> bool:
+        if exit_duration_reached(self.run.training.exit_duration, self.context.started):
+            self.context.stop.request("exit-duration")
+        return self.context.stop.requested is not None
+
+    def _to_host(self, step: Step, outcome: StepOutcome) -> _Pending:
+        packed = outcome.packed()
+        if packed.device.type == "cpu":
+            return _Pending(step, packed, None)
+        pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        pinned.copy_(packed, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return _Pending(step, pinned, ready)
+
+    def _read(self, pending: _Pending | None) -> bool:
+        """Report a finished step; True where a rank was asked to stop when it began."""
+        if pending is None:
+            return False
+        if pending.ready is not None:
+            pending.ready.synchronize()
+        loss, norm, skipped, stop = pending.outcome.tolist()
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        if self.writer is not None:
+            self.writer.step(dataclasses.replace(pending.step, loss=loss, grad_norm=norm, skipped=bool(skipped), seconds=seconds))
+        return stop > 0
+
+    def _pauses_after(self, iteration: int) -> bool:
+        training, checkpoint_ = self.run.training, self.run.checkpoint
+        return any(interval and iteration % interval == 0 for interval in (training.eval_interval, checkpoint_.save_interval))
+
+    def _pause(self) -> None:
+        """Evaluate and save where this iteration asks for it; their time is not a step's."""
+        iteration, training = self.progress.iteration, self.run.training
+        if training.eval_interval and iteration % training.eval_interval == 0:
+            self._evaluate()
+        if self.run.checkpoint.save_interval and iteration % self.run.checkpoint.save_interval == 0:
+            self.save()
+        self._clock = time.monotonic()
+
+    def _evaluate(self) -> None:
+        # Always the same samples, so that the points of a validation curve differ by the model alone.
+        started, size = time.monotonic(), self.batch.global_batch_size
+        count = size // (self.run.training.micro_batch_size * self.mesh.dp.size)
+        loader, losses = self._loader(self.valid_data), []
+        with self.context.heartbeat.phase("evaluate"):
+            for index in range(self.run.training.eval_iterations):
+                first = index * size
+                losses.append(self.engine.evaluate(lambda m, first=first: loader.micro_batch(first, m), count, size))
+            loss = torch.stack(losses).mean().item()
+        if self.writer is not None:
+            self.writer.evaluation(self.progress.iteration, loss, seconds=time.monotonic() - started)
+
+    def _finish(self, stopped: bool) -> int:
+        done = self.progress.iteration >= self.run.training.iterations
+        if self.saved_at != self.progress.iteration:
+            self.save()
+        peak = self._peak_memory_gb()
+        if self.writer is not None:
+            self.writer.finish("completed" if done else "saved", peak_memory_gb=peak)
+        if not done:
+            self.say(f"stopped after iteration {self.progress.iteration} as asked; run the same command again to continue")
+        return 0 if done else EXIT_SAVED
+
+    def _peak_memory_gb(self) -> float:
+        """Largest memory of a rank in GB (1e9 bytes): allocated on the GPU, resident on a CPU."""
+        import resource
+
+        if self.mesh.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peaks = self.group.gather(peak / 1e9)
+        return max(peaks) if peaks is not None else 0.0
+
+
+def _quiet(message: str) -> None:
+    """Where another rank of this machine says it."""
