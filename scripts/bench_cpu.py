@@ -18,7 +18,13 @@ import time
 from collections.abc import Callable
 
 SEQ, HIDDEN, LAYERS, HEADS, VOCAB, BATCH, MICRO = 128, 128, 4, 4, 2048, 16, 8
-LAYOUTS = {"megactl tp1 pp1 dp1": (1, 1, 1), "megactl dp2": (1, 1, 2), "megactl tp2": (2, 1, 1), "megactl pp2": (1, 2, 1), "megactl tp2 pp2": (2, 2, 1)}
+LAYOUTS = {
+    "megactl tp1 pp1 dp1": (1, 1, 1),
+    "megactl dp2": (1, 1, 2),
+    "megactl tp2": (2, 1, 1),
+    "megactl pp2": (1, 2, 1),
+    "megactl tp2 pp2": (2, 2, 1),
+}
 
 
 def plain_torch_steps(steps: int) -> list[float]:
@@ -97,7 +103,8 @@ def megactl_steps(layout: tuple[int, int, int], steps: int, rank: int, port: int
     run = resolve(run, world_size=world).run
     mesh = build_mesh(run.parallel, torch.device("cpu"))
     engine = TrainingStep(run, mesh)
-    loader = BatchLoader(MockDataset(BATCH, seq_length=SEQ, vocab_size=VOCAB, seed=0, stream=0), MICRO, mesh.dp.rank, mesh.dp.size, eod=None)
+    data = MockDataset(BATCH, seq_length=SEQ, vocab_size=VOCAB, seed=0, stream=0)
+    loader = BatchLoader(data, MICRO, mesh.dp.rank, mesh.dp.size, eod=None)
     done = iter(range(1, 1_000_000))
 
     def step() -> None:

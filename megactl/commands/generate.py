@@ -84,25 +84,13 @@ def generate(
     tokens = sum(len(item.tokens) for item in samples)
     texts = [_continuation(words, ids if text else [], item.tokens) for item in samples]
     if json_:
-        emit_json(
-            {
-                "checkpoint": folder,
-                "iteration": header.step,
-                "samples": [
-                    {"prompt": text, "text": made, "tokens": item.tokens, "finish": item.finish}
-                    for made, item in zip(texts, samples, strict=True)
-                ],
-                "prompt_tokens": len(ids),
-                "tokenizer": words.spec,
-                "parameters": parameters,
-                "settings": {
-                    "max_tokens": max_tokens, "temperature": temperature, "top_k": options.top_k, "top_p": top_p, "seed": seed,
-                    "device": where.type, "precision": precision,
-                },
-                "seconds": seconds,
-                "tokens_per_s": tokens / seconds,
-            }
-        )  # fmt: skip
+        settings = {"temperature": temperature, "top_k": options.top_k, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+        made = [
+            {"prompt": text, "text": new, "tokens": item.tokens, "finish": item.finish} for new, item in zip(texts, samples, strict=True)
+        ]
+        facts = {"parameters": parameters, "tokenizer": words.spec, "device": where.type, "precision": precision, "prompt_tokens": len(ids)}
+        speed = {"seconds": seconds, "tokens_per_s": tokens / seconds}
+        emit_json({"checkpoint": folder, "iteration": header.step, "samples": made, "settings": settings, **facts, **speed})
     else:
         _print(text, texts)
     ends = f"{sum(item.finish == 'eod' for item in samples)} of {num_samples} ended by themselves"
@@ -177,8 +165,8 @@ def _tokenizer(folder: Path, header: Header, spec: str | None, vocab_size: int) 
     from megactl.storage.tokenizer import load_tokenizer
 
     recorded = header.tokenizer or {}
-    copy = folder.parent.parent / "tokenizer.json"
-    if spec is None and recorded.get("kind") != "byte" and copy.is_file():
+    copy = folder.absolute().parent.parent / "tokenizer.json"
+    if spec is None and recorded.get("spec") != "byte" and copy.is_file():
         spec = str(copy)
     elif spec is None:
         spec = recorded.get("spec")
@@ -188,7 +176,8 @@ def _tokenizer(folder: Path, header: Header, spec: str | None, vocab_size: int) 
             raise DataError(f"{folder}: its tokenizer {spec} does not exist here", "say where it is now: --tokenizer PATH")
     words = load_tokenizer(spec, eod_token=recorded.get("eod_token") if spec != "byte" else None)
     facts = words.describe()
-    if recorded and facts["sha256"] != recorded.get("sha256"):
+    changed = "sha256" in recorded and facts["sha256"] != recorded["sha256"]
+    if changed or (recorded and (spec == "byte") != (recorded.get("spec") == "byte")):
         rule = f"{folder}: was trained with another tokenizer than {spec} is now"
         raise DataError(rule, f"name the one it was trained with ({recorded.get('spec')}): --tokenizer")
     if words.vocab_size > vocab_size:

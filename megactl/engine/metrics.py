@@ -199,7 +199,8 @@ def iteration_line(
     milliseconds = 1000.0 * sum(step.seconds for step in interval) / len(interval)
     fields = [f"consumed samples: {last.consumed_samples:12d}", f"elapsed time per iteration (ms): {milliseconds:.1f}"]
     if tflops is not None:
-        fields.append(f"throughput per GPU (TFLOP/s/GPU): {tflops:.1f}" if tflops >= 1 else f"throughput per GPU (TFLOP/s/GPU): {tflops:.4f}")
+        # One decimal is Megatron's; a CPU's share would be printed as 0.0.
+        fields.append(f"throughput per GPU (TFLOP/s/GPU): {tflops:.{1 if tflops >= 1 else 4}f}")
     fields += [f"learning rate: {last.learning_rate:.6E}", f"global batch size: {last.global_batch_size:5d}"]
     for name, value in _interval_losses(interval).items():
         fields.append(f"{name}: {_scientific(value)}")

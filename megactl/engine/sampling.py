@@ -125,8 +125,11 @@ def _materialise(model: GPT, device: torch.device, dtype: torch.dtype) -> dict[s
 def _request(manifest: manifests.Manifest, name: str, tensor: Tensor) -> Piece:
     """The whole weight, into `tensor`; or into a tensor of the stored type where no master copy allows another."""
     stored = manifest.tensors.get((name, "weight"), [])
-    if stored and (name, "master") not in manifest.tensors and manifest.header.precision not in ("fp32", "fp64"):
-        tensor = torch.empty(tensor.shape, dtype=getattr(torch, stored[0].dtype))
+    has_master = (name, "master") in manifest.tensors or manifest.header.precision in ("fp32", "fp64")
+    if stored and not has_master:
+        # Of the type asked for already, this is `tensor` itself.
+        dtype = getattr(torch, stored[0].dtype)
+        tensor = tensor if tensor.dtype == dtype else torch.empty(tensor.shape, dtype=dtype)
     shape = tuple(tensor.shape)
     return Piece(name, "weight", shape, tuple((0, size) for size in shape), None, tensor)
 

@@ -7,16 +7,47 @@ In fp32 and fp64 the weight is its own master, so no master is saved.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import Tensor
 
-from megactl.engine.checkpoint import Piece
+from megactl.config.schema import Model, Run
+from megactl.engine.checkpoint import Header, Piece
 from megactl.engine.flat import ParameterSpec
 from megactl.engine.mesh import Mesh
 from megactl.engine.parallelize import Part
 from megactl.engine.zero import STATE_KINDS, BucketState
+from megactl.errors import CheckpointError
 from megactl.storage.pieces import Region, clip
+
+# These say how a model is trained or computed, not which function its weights are for: they may change between two runs.
+_FREE_SETTINGS = ("hidden_dropout", "attention_dropout", "init_std", "attention")
+
+
+def check_fits(path: Path, header: Header, run: Run, *, optimizer: bool) -> None:
+    """Raise CheckpointError naming every setting in which the model of checkpoint `path` differs from the run's, or what it lacks.
+
+    Asked before any tensor is read: a list of shapes that do not match would hide the one setting that was forgotten.
+    """
+    wrong = []
+    for field in dataclasses.fields(Model):
+        stored, wanted = header.model.get(field.name, field.default), getattr(run.model, field.name)
+        if field.name not in _FREE_SETTINGS and stored != wanted:
+            wrong.append((field.metadata["flags"][0], wanted, stored))
+    if wrong:
+        shown = ", ".join(f"{flag} {wanted} (the checkpoint has {stored})" for flag, wanted, stored in wrong)
+        instead = " ".join(_as_flag(flag, stored) for flag, _, stored in wrong)
+        raise CheckpointError(f"{path} is of another model: {shown}", f"use {instead}, or another --run-dir for the other model")
+    if optimizer and "adam_step" not in header.state:
+        raise CheckpointError(f"{path} has no optimizer state, and a run cannot be continued without it", "use --load with --load-weights")
+
+
+def _as_flag(flag: str, value: object) -> str:
+    if isinstance(value, bool):
+        return flag if value else f"no {flag}"
+    return f"{flag} {value}"
 
 
 def pieces_to_save(part: Part, mesh: Mesh) -> list[Piece]:

@@ -30,9 +30,11 @@ from megactl.engine.mesh import build_mesh
 from megactl.engine.metrics import MetricsWriter, Step
 from megactl.engine.optimizer import learning_rate
 from megactl.engine.resilience import exit_duration_reached
-from megactl.engine.state import pieces_to_load, pieces_to_save
+from megactl.engine.state import check_fits, pieces_to_load, pieces_to_save
 from megactl.engine.training_step import StepOutcome, TrainingStep
 from megactl.errors import CheckpointError, RunError
+from megactl.storage import manifest
+from megactl.storage.checkpoint_folder import candidates, resolve
 
 EXIT_SAVED = 75
 
@@ -171,6 +173,8 @@ class Trainer:
         if self.mesh.rank == 0:
             checkpoint.sweep(self._checkpoints, self.say)
         self.group.barrier()
+        if settings.resume == "never":
+            self._refuse_old_checkpoints()
         found = None if settings.resume == "never" else checkpoint.find(self._checkpoints, self.say, group=self.group)
         if found is None and settings.resume == "must":
             raise CheckpointError(f"--resume must: {self._checkpoints} holds no checkpoint", "use --resume auto to start afresh")
@@ -179,22 +183,27 @@ class Trainer:
             self.resumed_from = found
             self.say(f"resuming from {found} at iteration {self.progress.iteration}")
         elif settings.load is not None:
-            self._load(self._other_checkpoint(settings.load), optimizer=not settings.load_weights)
+            self._load(resolve(Path(settings.load)), optimizer=not settings.load_weights)
             if settings.load_weights:
                 self.progress = Progress()
             self.say(f"starting from {settings.load} at iteration {self.progress.iteration}")
 
-    def _other_checkpoint(self, path: str) -> Path:
-        from megactl.storage.checkpoint_folder import resolve
-
-        return resolve(Path(path))
+    def _refuse_old_checkpoints(self) -> None:
+        """--resume never in a folder with checkpoints: this run's saves would mix with those, and its metrics replace theirs."""
+        old = self.group.broadcast([item.path.name for item in candidates(self._checkpoints)] if self.mesh.rank == 0 else None)
+        if old:
+            rule = f"{self._checkpoints} holds {len(old)} of an earlier run (newest: {old[0]})"
+            raise CheckpointError(f"--resume never: {rule}", "choose another --run-dir, or move that folder away")
 
     def _load(self, path: Path, *, optimizer: bool) -> None:
+        check_fits(path, manifest.read(path).header, self.run, optimizer=optimizer)
         with self.context.heartbeat.phase("save"):
             header = checkpoint.load(path, pieces_to_load(self.engine.part, optimizer=optimizer), group=self.group)
         self.progress = Progress(header.step, header.consumed_samples)
         if optimizer:
             self.engine.adam_step.fill_(header.state["adam_step"])
+            if header.state.get("seed", self.run.training.seed) != self.run.training.seed:
+                self.say(f"note: {path} was saved with --seed {header.state['seed']}; data order and dropout follow another one from here")
 
     def save(self) -> None:
         """Write a checkpoint of the iterations done so far; collective."""
@@ -230,9 +239,11 @@ class Trainer:
                 launched = self._launch_step(batches)
                 stopped = self._read(pending)
                 pending = launched
-                if self._pauses_after(self.progress.iteration):
+                # On a CPU the step is over when it returns: read later, its time would count as the next one's.
+                if launched.ready is None or self._pauses_after(self.progress.iteration):
                     stopped = self._read(pending) or stopped
                     pending = None
+                if self._pauses_after(self.progress.iteration):
                     self._pause()
             stopped = self._read(pending) or stopped
         return self._finish(stopped)
