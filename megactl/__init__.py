@@ -1,3 +1,3 @@
-"""megactl: the command-line toolkit for pre-training GPT and BERT models on many GPUs."""
+"""megactl: the command-line toolkit for pre-training GPT models on many GPUs."""
 
 __version__ = "0.1.0"

@@ -155,9 +155,8 @@ def _load(path: Path, device: Any, precision: str | None) -> tuple[Any, Path]:
         folder = checkpoint_folder.newest_good(found, checkpoint_folder.latest(root), lambda text: say(text, label="warning"), problems)
         if folder is not None:
             return loaded[0], folder
-    # Nothing is there: `resolve` has the sentence for it.
-    checkpoint_folder.resolve(path)
-    raise AssertionError(f"{path}: a checkpoint has appeared meanwhile")
+    # Nothing is there, and `resolve` has the sentence for it; unless the run has saved its first one since.
+    return _load(checkpoint_folder.resolve(path), device, precision)
 
 
 def _tokenizer(folder: Path, header: Header, spec: str | None, vocab_size: int) -> Tokenizer:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megactl.config.schema import Parallel
-from megactl.engine.collectives import Group
+from megactl.engine.collectives import Group, all_reduce, exchange
 
 AXES = ("tp", "cp", "dp", "pp")
 
@@ -102,8 +102,29 @@ def build_mesh(parallel: Parallel, device: torch.device) -> Mesh:
     if world != world_size:
         raise ValueError(f"tp {sizes['tp']} x cp {sizes['cp']} x dp {sizes['dp']} x pp {sizes['pp']} = {world} ranks, but {world_size} run")
     axes = {name: _build_axis(name, rank, sizes) for name in AXES}
+    embedding = _embedding_axis(rank, sizes)
     objects = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo")
-    return Mesh(device=device, rank=rank, world_size=world_size, **axes, embedding=_embedding_axis(rank, sizes), objects=objects)
+    if device.type == "cuda":
+        _connect([axis.group for axis in (*axes.values(), embedding) if axis is not None and axis.group is not None], axes["pp"], device)
+    return Mesh(device=device, rank=rank, world_size=world_size, **axes, embedding=embedding, objects=objects)
+
+
+def _connect(groups: list[Group], pp: Axis, device: torch.device) -> None:
+    """Make NCCL's communicators and the pipeline's connections now, each by a small transfer.
+
+    NCCL makes both at first use, on the host, waiting there for the other side. In the first step that can be for ever: a stage waits
+    for its neighbour to connect for a gradient, with an activation behind it in the same exchange; the neighbour loads the kernels of
+    its first backward, which waits for all kernels under way, and one of them is the receive of that activation.
+    """
+    for group in (None, *groups):
+        all_reduce(torch.zeros(1, device=device), group)
+    if pp.size > 1:
+        after, before = pp.ranks[(pp.rank + 1) % pp.size], pp.ranks[(pp.rank - 1) % pp.size]
+        sent, received = torch.zeros(2, device=device), torch.zeros(2, device=device)
+        for target, source in ((after, before), (before, after)):
+            for work in exchange([(sent, target)], [(received, source)], pp.group)[1]:
+                work.wait()
+    torch.cuda.synchronize(device)
 
 
 def _build_axis(name: str, rank: int, sizes: dict[str, int]) -> Axis:

@@ -45,7 +45,7 @@ def run_rank(run: Run, resolved: Resolved, context: RankContext) -> int:
     if context.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=connect_store(context), rank=context.rank, world_size=context.world_size, timeout=timedelta(minutes=30)
+            backend, store=connect_store(context), rank=context.rank, world_size=context.world_size, timeout=timedelta(minutes=10)
         )
     try:
         code = Trainer(run, resolved, context, device).train()
@@ -234,7 +234,7 @@ class Trainer:
         stopped = False
         with self._loader(self.train_data).prefetch(self._schedule(), pin_memory=self.mesh.device.type == "cuda") as batches:
             pending: _Pending | None = None
-            self._clock = time.monotonic()
+            self._clock, self._last_ready = time.monotonic(), None
             while self.progress.iteration < training.iterations and not stopped:
                 launched = self._launch_step(batches)
                 stopped = self._read(pending)
@@ -281,7 +281,7 @@ class Trainer:
             return _Pending(step, packed, None)
         pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         pinned.copy_(packed, non_blocking=True)
-        ready = torch.cuda.Event()
+        ready = torch.cuda.Event(enable_timing=True)
         ready.record()
         return _Pending(step, pinned, ready)
 
@@ -292,11 +292,21 @@ class Trainer:
         if pending.ready is not None:
             pending.ready.synchronize()
         loss, norm, skipped, stop = pending.outcome.tolist()
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
+        seconds = self._seconds_since_last(pending)
         if self.writer is not None:
             self.writer.step(dataclasses.replace(pending.step, loss=loss, grad_norm=norm, skipped=bool(skipped), seconds=seconds))
         return stop > 0
+
+    def _seconds_since_last(self, pending: _Pending) -> float:
+        """Seconds from the end of the step before to the end of this one, by the device's clock where it has one."""
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        if pending.ready is not None:
+            # The host reads a step after it has launched the next one, so its own clock would shift time between the two.
+            if self._last_ready is not None:
+                seconds = self._last_ready.elapsed_time(pending.ready) / 1e3
+            self._last_ready = pending.ready
+        return seconds
 
     def _pauses_after(self, iteration: int) -> bool:
         training, checkpoint_ = self.run.training, self.run.checkpoint
@@ -309,7 +319,7 @@ class Trainer:
             self._evaluate()
         if self.run.checkpoint.save_interval and iteration % self.run.checkpoint.save_interval == 0:
             self.save()
-        self._clock = time.monotonic()
+        self._clock, self._last_ready = time.monotonic(), None
 
     def _evaluate(self) -> None:
         # Always the same samples, so that the points of a validation curve differ by the model alone.

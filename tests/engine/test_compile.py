@@ -1,6 +1,5 @@
 """The gradient path under torch.compile: one graph, and the same gradients in the same flat buffer."""
 
-import pytest
 import torch
 
 from megactl.config.schema import Data, Model, Run, Training
@@ -10,9 +9,8 @@ from megactl.engine.models.layers import MicroBatch
 from megactl.engine.parallelize import build_part
 
 
-@pytest.mark.parametrize("untied", [False, True])
-def test_a_stage_compiles_to_one_graph_that_writes_the_flat_gradients(untied: bool) -> None:
-    model = Model(num_layers=2, hidden_size=32, num_heads=4, vocab_size=50, hidden_dropout=0.1, untie_embeddings=untied)
+def test_a_stage_compiles_to_one_graph_that_writes_the_flat_gradients() -> None:
+    model = Model(num_layers=2, hidden_size=32, num_heads=4, vocab_size=50, hidden_dropout=0.1)
     run = Run(model=model, training=Training(micro_batch_size=2, seq_length=16, device="cpu"), data=Data(mock_data=True))
     run = resolve(run, world_size=1).run
     part = build_part(run, build_mesh(run.parallel, torch.device("cpu")), 0, 1)

@@ -1,0 +1,38 @@
+"""Runs a case on the engine and on the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from parity.cases import Case
+from parity.comparison import deviations
+from parity.corpus import Corpus
+from parity.jobs import RankResult, train
+from parity.pool import Pools
+from parity.reference import Trajectory, train_reference
+
+
+class Parity:
+    """Cases on the workers, references here; a reference is computed once for all layouts it serves."""
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+        self._corpus = Corpus(1024)
+        self._references: dict[str, Trajectory] = {}
+
+    def engine(self, case: Case, *, mutation: str | None = None, ops: str | None = None) -> list[RankResult]:
+        """What each rank did."""
+        return self._pools.run(case.world_size, train, case.run(), self._corpus, case.plan(), mutation, ops)
+
+    def reference(self, case: Case) -> Trajectory:
+        """What the plain model does with the case's model, data and batch, in float64 whatever the case's precision."""
+        run = case.run()
+        # How the work is spread is not part of the question.
+        key = repr((replace(run, parallel=None, training=replace(run.training, precision="fp64")), case.plan()))
+        if key not in self._references:
+            self._references[key] = train_reference(run, self._corpus, case.plan())
+        return self._references[key]
+
+    def deviations(self, case: Case, tolerance: float, *, mutation: str | None = None, ops: str | None = None) -> list[str]:
+        """See `comparison.deviations`."""
+        return deviations(self.engine(case, mutation=mutation, ops=ops), self.reference(case), tolerance, case.plan().overflows)

@@ -1,0 +1,171 @@
+"""Faults to build into the engine, each of which the comparison must notice: the proof that it can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from unittest import mock
+
+from torch import Tensor
+
+from megactl.engine import data_parallel, flat, parallelize, pipeline, tensor_parallel, training_step, zero
+from megactl.engine.models import gpt
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault; the layout (tp, pp, dp) that suffers from it; what the deviation is called; other settings the case needs."""
+
+    fault: Callable[[], AbstractContextManager]
+    layout: tuple[int, int, int]
+    seen_as: str
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+def _patched(owner: object, name: str, make: Callable) -> Callable[[], AbstractContextManager]:
+    """A fault that replaces `owner.name` by make(original). The name must exist: a fault that no longer applies must not pass."""
+    return lambda: mock.patch.object(owner, name, make(getattr(owner, name)))
+
+
+def _nothing(original: Callable) -> Callable:
+    return lambda *arguments, **options: None
+
+
+def _changed(**values: object) -> Callable:
+    """The original's result (a dataclass) with other values."""
+    return lambda original: lambda *arguments, **options: replace(original(*arguments, **options), **values)
+
+
+def _no_gather(original: Callable) -> Callable:
+    return lambda *arguments, **options: SimpleNamespace(wait=lambda: None)
+
+
+def _mean_over_replicas(original: Callable) -> Callable:
+    def mutated(self, bucket):
+        self.flat.grads[bucket.start : bucket.stop] /= self.dp.size
+        return original(self, bucket)
+
+    return mutated
+
+
+def _head_zero(original: Callable) -> Callable:
+    def mutated(model, tp):
+        original(model, tp)
+        for module in model.modules():
+            if hasattr(module, "first_head"):
+                module.first_head = 0
+
+    return mutated
+
+
+def _sites_of_the_stage(original: Callable) -> Callable:
+    """Layers that number their dropouts within their stage, of two layers each."""
+    return lambda config, index: original(config, index % 2)
+
+
+def _own_samples(original: Callable) -> Callable:
+    """Dropout keys that count each replica's samples for itself."""
+
+    def mutated(self, *arguments, **options):
+        inputs = original(self, *arguments, **options)
+        inputs.rng[:, 2] -= self.mesh.dp.rank * self.run.training.micro_batch_size
+        return inputs
+
+    return mutated
+
+
+def _total(index: int, value: Callable) -> Callable:
+    """Totals of a step with one of them replaced by value(step)."""
+
+    def make(original: Callable) -> Callable:
+        def mutated(self, *arguments):
+            totals = original(self, *arguments)
+            totals[index] = value(self)
+            return totals
+
+        return mutated
+
+    return make
+
+
+def _all_labels(step: training_step.TrainingStep) -> int:
+    return step.run.training.global_batch_size * step.run.training.seq_length
+
+
+def _own_norm(step: training_step.TrainingStep) -> Tensor:
+    return step.part.optimizer.norm_squared()
+
+
+def _count_skipped(original: Callable) -> Callable:
+    def mutated(self, *arguments):
+        counted = self.adam_step + 1
+        outcome = original(self, *arguments)
+        self.adam_step.copy_(counted)
+        return outcome
+
+    return mutated
+
+
+def _padding_in_softmax(original: Callable) -> Callable:
+    def mutated(self, *arguments):
+        original(self, *arguments)
+        self.num_rows = self.weight.shape[0]
+
+    return mutated
+
+
+MUTATIONS = {
+    "tied gradients are not summed": Mutation(
+        _patched(zero.ShardedOptimizer, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
+    ),
+    "input gradients of layers are not summed": Mutation(
+        _patched(tensor_parallel.ColumnParallelLinear, "_start_reduce", _nothing), (2, 1, 1), "gradient in step 1"
+    ),
+    "the input gradient of the head is not summed": Mutation(
+        _patched(tensor_parallel.VocabParallelHead, "_start_reduce", _nothing), (2, 1, 1), "gradient in step 1"
+    ),
+    "padding counts in the softmax": Mutation(
+        _patched(tensor_parallel.VocabParallelHead, "__init__", _padding_in_softmax), (2, 1, 1), "loss on rank 0, step 1"
+    ),
+    "later micro-batches overwrite": Mutation(
+        _patched(pipeline._Step, "_micro_batch", _changed(accumulate=False)), (1, 2, 1), "gradient in step 1", {"micro_batches": 3}
+    ),
+    "the first micro-batch adds to the last step": Mutation(
+        _patched(pipeline._Step, "_micro_batch", _changed(accumulate=True)), (1, 2, 1), "gradient in step 2", {"micro_batches": 3}
+    ),
+    "documents see each other": Mutation(
+        _patched(pipeline._Step, "_micro_batch", _changed(attention_mask=None)), (1, 1, 2), "loss on rank 1", {"documents": "reset"}
+    ),
+    "attention dropout starts at head 0 on every rank": Mutation(
+        _patched(parallelize, "apply_tensor_parallel", _head_zero), (2, 1, 1), "loss on rank 0, step 1", {"dropout": 0.1}
+    ),
+    "dropout sites are numbered within the stage": Mutation(
+        _patched(gpt, "Block", _sites_of_the_stage), (1, 2, 1), "loss on rank 0, step 1", {"dropout": 0.1}
+    ),
+    "dropout keys do not know the replica": Mutation(
+        _patched(training_step.TrainingStep, "_inputs", _own_samples), (1, 1, 2), "loss on rank 0, step 1", {"dropout": 0.1}
+    ),
+    "gradients are not summed over replicas": Mutation(
+        _patched(data_parallel.GradientReducer, "_launch_above", _nothing), (1, 1, 2), "gradient in step 1"
+    ),
+    "gradients are averaged over replicas": Mutation(
+        _patched(data_parallel.GradientReducer, "_launch", _mean_over_replicas), (1, 1, 2), "gradient in step 1"
+    ),
+    "updated slices are not gathered": Mutation(_patched(zero, "all_gather", _no_gather), (1, 1, 2), "weight", {"zero": 1}),
+    "copies enter the norm on every rank": Mutation(_patched(flat, "_spec", _changed(counted=True)), (2, 1, 1), "norm on rank 0, step 1"),
+    "the norm is that of the rank": Mutation(
+        _patched(training_step.TrainingStep, "_totals", _total(0, _own_norm)), (1, 2, 1), "unequal losses or norms"
+    ),
+    "an overflow is not noticed": Mutation(
+        _patched(training_step.TrainingStep, "_totals", _total(0, lambda step: 1.0)), (1, 1, 2), "skipped on rank 1", {"overflow": True}
+    ),
+    "a skipped step counts as an update": Mutation(
+        _patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True}
+    ),
+    "masked tokens count in the mean": Mutation(
+        _patched(training_step.TrainingStep, "_totals", _total(2, _all_labels)), (1, 1, 2), "gradient in step 1", {"documents": "eod"}
+    ),
+    "biases and norms decay": Mutation(_patched(flat, "_spec", _changed(decay=True)), (1, 1, 2), "weight"),
+}

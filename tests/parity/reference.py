@@ -1,0 +1,141 @@
+"""The oracle: one process, ordinary autograd, torch.optim.AdamW, in float64.
+
+Of the engine it uses the `GPT` module alone, and of that only the arithmetic of its forward: the hand-written functions
+under it are replaced by torch's own, the compiled operators by their definition in plain torch, and the initial weights are
+drawn here, by name. A step takes the whole global batch in one forward, so that nothing about micro-batches, their order,
+their share of the loss or their dropout keys is taken from the code under test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megactl.config.schema import Model, Run
+from megactl.engine import functional, ops
+from megactl.engine.data import make_batch
+from megactl.engine.models.gpt import GPT
+from megactl.engine.models.layers import MicroBatch
+from parity.cases import Plan
+from parity.corpus import EOD, Corpus
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a training run did: per step the loss, the gradient norm before clipping, every gradient; the weights at the end."""
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    gradients: tuple[Arrays, ...]
+    weights: Arrays
+    eval_loss: float
+
+
+def train_reference(run: Run, corpus: Corpus, plan: Plan) -> Trajectory:
+    """Train the steps of `plan`, then evaluate on the last batch without dropout. A step that overflows changes nothing."""
+    with torch_arithmetic():
+        return _train(run, corpus, plan)
+
+
+def _train(run: Run, corpus: Corpus, plan: Plan) -> Trajectory:
+    model = build_model(run.model, run.training.seed)
+    named = canonical_parameters(model)
+    optimizer = _adamw(run, list(named.values()))
+    losses, norms, gradients = [], [], []
+    for iteration, start, size, rate in plan.steps():
+        optimizer.zero_grad()
+        loss = batch_loss(model, run, corpus, iteration=iteration, start=start, size=size)
+        loss.backward()
+        gradients.append({name: p.grad.numpy().copy() for name, p in named.items()})
+        norms.append(nn.utils.clip_grad_norm_(named.values(), run.optimizer.clip_grad or math.inf).item())
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if iteration not in plan.overflows:
+            optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        last = batch_loss(model, run, corpus, iteration=iteration, start=start, size=size, dropout=False).item()
+    return Trajectory(tuple(losses), tuple(norms), tuple(gradients), {n: p.detach().numpy().copy() for n, p in named.items()}, last)
+
+
+def build_model(config: Model, seed: int) -> GPT:
+    """The whole model in float64 with its initial weights."""
+    model = GPT(config).double()
+    for name, parameter in canonical_parameters(model).items():
+        _initialise(name, parameter.data, config, seed)
+    return model
+
+
+def canonical_parameters(model: GPT) -> dict[str, nn.Parameter]:
+    """Each parameter once, by its name in the whole model."""
+    return {model.canonical_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def _initialise(name: str, values: Tensor, config: Model, seed: int) -> None:
+    """GPT-2's rule: matrices normal, smaller where they write to the residual stream; biases 0, norm weights 1."""
+    if values.ndim == 1:
+        values.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        return
+    to_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+    std = config.init_std / math.sqrt(2 * config.num_layers) if to_residual else config.init_std
+    whole = [(0, size) for size in values.shape]
+    ops.normal_(values, logical_shape=values.shape, rectangle=whole, seed=seed, stream=ops.stream_of(name), std=std)
+
+
+def _adamw(run: Run, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    config = run.optimizer
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.epsilon)
+
+
+def batch_loss(model: GPT, run: Run, corpus: Corpus, *, iteration: int, start: int, size: int, dropout: bool = True) -> Tensor:
+    """Mean loss over the unmasked tokens of samples [start, start + size), with the dropout of `iteration`."""
+    options = run.data
+    batch = make_batch(
+        corpus, start, size, eod=EOD, reset_position_ids=options.reset_position_ids,
+        reset_attention_mask=options.reset_attention_mask, eod_mask_loss=options.eod_mask_loss,
+    )  # fmt: skip
+    mask = None if batch.segments is None else same_document(batch.segments)
+    rng = torch.tensor([run.training.seed, iteration, 0])
+    logits = model(batch.tokens, MicroBatch(rng, batch.position_ids, mask, dropout=dropout))
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+    return (losses * batch.loss_mask.flatten()).sum() / batch.loss_mask.sum()
+
+
+def same_document(segments: Tensor) -> Tensor:
+    """bool [b, 1, s, s] from segments [b, s]: query i may see key j where j <= i and both are of one document. By the definition."""
+    allowed = torch.zeros(segments.shape[0], 1, segments.shape[1], segments.shape[1], dtype=torch.bool)
+    for row, numbers in enumerate(segments.tolist()):
+        for query, number in enumerate(numbers):
+            for key in range(query + 1):
+                allowed[row, 0, query, key] = numbers[key] == number
+    return allowed
+
+
+@contextmanager
+def torch_arithmetic() -> Iterator[None]:
+    """Within it, models compute with torch's functions and autograd, and with the reference operators."""
+    plain = nn.functional
+    replacements = {
+        "linear": lambda x, weight, bias=None, **_: plain.linear(x, weight, bias),
+        "layer_norm": lambda x, weight, bias, epsilon, **_: plain.layer_norm(x, weight.shape, weight, bias, epsilon),
+        "embedding": lambda ids, weight, **_: plain.embedding(ids, weight),
+    }
+    with ExitStack() as stack:
+        for name, replacement in replacements.items():
+            stack.enter_context(mock.patch.object(functional, name, replacement))
+        stack.enter_context(mock.patch.dict("os.environ", MEGACTL_OPS="torch"))
+        yield
+    assert functional.linear is not replacements["linear"] and ops.dropout_add.__module__ == "megactl.engine.ops.philox"
