@@ -32,7 +32,7 @@ from megactl.engine.optimizer import learning_rate
 from megactl.engine.resilience import exit_duration_reached
 from megactl.engine.state import check_fits, pieces_to_load, pieces_to_save
 from megactl.engine.training_step import StepOutcome, TrainingStep
-from megactl.errors import CheckpointError, RunError
+from megactl.errors import CheckpointError, MegactlError, RunError
 from megactl.storage import manifest
 from megactl.storage.checkpoint_folder import candidates, resolve
 
@@ -104,6 +104,7 @@ class Trainer:
         self.resumed_from: Path | None = None
         self._restore()
         self.writer = self._make_writer() if self.mesh.rank == 0 else None
+        self.tokenizer = self._keep_tokenizer() if self.mesh.rank == 0 else None
         self.saved_at = self.progress.iteration
 
     def say(self, message: str) -> None:
@@ -145,7 +146,6 @@ class Trainer:
         peak = peak_tflops(torch.cuda.get_device_name(device), run.training.precision) if device.type == "cuda" else None
         terminal = os.fdopen(self.context.terminal_fd, "w") if self.context.terminal_fd is not None else None
         write_environment(self.context.run_dir)
-        self._keep_tokenizer()
         return MetricsWriter(
             self.context.run_dir, run, start_iteration=self.progress.iteration, total_iterations=run.training.iterations,
             is_terminal=terminal is not None, terminal=terminal, world_size=self.mesh.world_size,
@@ -153,13 +153,23 @@ class Trainer:
             peak_tflops=peak, total_samples=self.batch.consumed_after(run.training.iterations),
         )  # fmt: skip
 
-    def _keep_tokenizer(self) -> None:
-        """Copy the tokenizer's file into the run directory, so that `generate` needs nothing else."""
+    def _keep_tokenizer(self) -> dict[str, Any] | None:
+        """What a checkpoint says about the tokenizer. Its file is copied into the run directory, so that `generate` needs nothing else."""
+        from megactl.storage.tokenizer import load_tokenizer
+
         spec = self.run.data.tokenizer
-        if spec and Path(spec).is_file() and Path(spec).suffix == ".json":
-            target = self.context.run_dir / "tokenizer.json"
-            if not (target.exists() and target.samefile(spec)):
-                shutil.copyfile(spec, target)
+        if spec is None:
+            return None
+        try:
+            facts = load_tokenizer(spec).describe()
+        except MegactlError as error:
+            # Training reads tokens, not text, and may run where the tokenizer is not.
+            self.say(f"warning: {error.message}: `megactl generate` will need --tokenizer")
+            return {"spec": spec}
+        target = self.context.run_dir / "tokenizer.json"
+        if facts["kind"] == "tokenizer.json" and not (target.exists() and target.samefile(spec)):
+            shutil.copyfile(spec, target)
+        return {"spec": spec, **facts}
 
     # Checkpoints
 
@@ -213,7 +223,7 @@ class Trainer:
             "layout": {axis: getattr(self.mesh, axis).size for axis in ("tp", "cp", "dp", "pp")} | {"zero": self.run.parallel.zero},
             "precision": self.run.training.precision,
             "model": dataclasses.asdict(self.run.model),
-            "tokenizer": {"spec": self.run.data.tokenizer} if self.run.data.tokenizer else None,
+            "tokenizer": self.tokenizer,
             "state": {"adam_step": float(self.engine.adam_step), "seed": self.run.training.seed},
         }
         with self.context.heartbeat.phase("save"):
