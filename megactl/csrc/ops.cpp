@@ -6,7 +6,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <cstdio>
 #include <optional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/cpu/adamw.h"
@@ -22,6 +26,33 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Checks that throw, with a message of strings and numbers. Not STD_TORCH_CHECK: that one writes through std::ostringstream, whose locale
+// tables are a second copy where a toolchain links libstdc++ statically into extensions, and it then crashes on the first number.
+std::string text(const char* value) { return value; }
+std::string text(double value) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", value);
+    return digits;
+}
+template <typename T, std::enable_if_t<std::is_integral_v<T>, int> = 0>
+std::string text(T value) {
+    return std::to_string(value);
+}
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+    std::string message;
+    ((message += text(parts)), ...);
+    throw std::runtime_error(message);
+}
+
+#define MEGACTL_CHECK(condition, ...)    \
+    do {                                 \
+        if (!(condition)) {              \
+            fail(__VA_ARGS__);           \
+        }                                \
+    } while (false)
+
 // Work a thread should have before another one is woken: some 20 microseconds.
 constexpr int64_t kGrain = 1 << 15;
 
@@ -30,13 +61,13 @@ Stream make_stream(int64_t seed, int64_t stream, int64_t step) {
     return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(stream), static_cast<uint32_t>(step)};
 }
 
-void check_dense(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous: call .contiguous()"); }
+void check_dense(const Tensor& t, const char* name) { MEGACTL_CHECK(t.is_contiguous(), name, " must be contiguous: call .contiguous()"); }
 
 void check_twin(const Tensor& t, const Tensor& model, const char* name) {
     check_dense(t, name);
-    STD_TORCH_CHECK(t.scalar_type() == model.scalar_type(), name, " must have the dtype of the tensor it goes with");
-    STD_TORCH_CHECK(t.numel() == model.numel(), name, " has ", t.numel(), " elements, must have ", model.numel());
-    STD_TORCH_CHECK(t.device() == model.device(), name, " must lie on the device of the tensor it goes with");
+    MEGACTL_CHECK(t.scalar_type() == model.scalar_type(), name, " must have the dtype of the tensor it goes with");
+    MEGACTL_CHECK(t.numel() == model.numel(), name, " has ", t.numel(), " elements, must have ", model.numel());
+    MEGACTL_CHECK(t.device() == model.device(), name, " must lie on the device of the tensor it goes with");
 }
 
 // Calls use(T{}) with the element type of `t` as the CPU kernels name it.
@@ -52,7 +83,7 @@ void with_type(const Tensor& t, const Use& use) {
         case ScalarType::Half:
             return use(Float16{});
         default:
-            STD_TORCH_CHECK(false, "dtype must be float64, float32, bfloat16 or float16");
+            MEGACTL_CHECK(false, "dtype must be float64, float32, bfloat16 or float16");
     }
 }
 
@@ -70,17 +101,17 @@ const T* const_data(const Tensor& t) {
 
 void check_bits(const Tensor& out) {
     check_dense(out, "out");
-    STD_TORCH_CHECK(out.scalar_type() == ScalarType::Long, "out must be int64: a word is unsigned 32 bits");
+    MEGACTL_CHECK(out.scalar_type() == ScalarType::Long, "out must be int64: a word is unsigned 32 bits");
 }
 
 Rectangle checked_rectangle(const Tensor& out, const std::vector<int64_t>& logical, const std::vector<int64_t>& first) {
     check_dense(out, "out");
     const auto held = out.sizes();
-    STD_TORCH_CHECK(logical.size() == held.size() && first.size() == held.size(), "logical_shape and rectangle must have ", held.size(),
+    MEGACTL_CHECK(logical.size() == held.size() && first.size() == held.size(), "logical_shape and rectangle must have ", held.size(),
                     " dimensions, as out has");
-    STD_TORCH_CHECK(held.size() <= kMaxDims, "at most ", kMaxDims, " dimensions");
+    MEGACTL_CHECK(held.size() <= kMaxDims, "at most ", kMaxDims, " dimensions");
     for (size_t d = 0; d < held.size(); ++d) {
-        STD_TORCH_CHECK(first[d] >= 0 && first[d] + held[d] <= logical[d], "dimension ", d, " of the rectangle, [", first[d], ", ",
+        MEGACTL_CHECK(first[d] >= 0 && first[d] + held[d] <= logical[d], "dimension ", d, " of the rectangle, [", first[d], ", ",
                         first[d] + held[d], "), leaves the logical shape, which has ", logical[d]);
     }
     return make_rectangle(static_cast<int>(held.size()), logical.data(), first.data(), held.data());
@@ -95,13 +126,13 @@ DropoutShape checked_dropout(const Tensor& x, const std::optional<Tensor>& resid
                              int64_t outer_size) {
     check_dense(x, "x");
     if (residual) check_twin(*residual, x, "residual");
-    STD_TORCH_CHECK(x.dim() >= 2, "x must be [batch, outer, *inner], has ", x.dim(), " dimensions");
-    STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "p = ", p, " must lie in [0, 1)");
+    MEGACTL_CHECK(x.dim() >= 2, "x must be [batch, outer, *inner], has ", x.dim(), " dimensions");
+    MEGACTL_CHECK(p >= 0.0 && p < 1.0, "p = ", p, " must lie in [0, 1)");
     check_dense(rng, "rng");
-    STD_TORCH_CHECK(rng.scalar_type() == ScalarType::Long && rng.numel() == 3, "rng must be int64 [3]: seed, step, first sample");
-    STD_TORCH_CHECK(rng.device() == x.device(), "rng must lie on the device of x");
+    MEGACTL_CHECK(rng.scalar_type() == ScalarType::Long && rng.numel() == 3, "rng must be int64 [3]: seed, step, first sample");
+    MEGACTL_CHECK(rng.device() == x.device(), "rng must lie on the device of x");
     const int64_t whole = outer_size > 0 ? outer_size : x.size(1);
-    STD_TORCH_CHECK(outer_offset >= 0 && outer_offset + x.size(1) <= whole, "outer positions [", outer_offset, ", ", outer_offset + x.size(1),
+    MEGACTL_CHECK(outer_offset >= 0 && outer_offset + x.size(1) <= whole, "outer positions [", outer_offset, ", ", outer_offset + x.size(1),
                     ") leave the outer size ", whole);
     const int64_t samples = x.size(0) * x.size(1);
     return {x.size(0), x.size(1), samples ? x.numel() / samples : 0, outer_offset, whole};
@@ -115,21 +146,21 @@ struct AdamWArguments {
 void check_adamw(const AdamWArguments& a) {
     const auto type = a.master.scalar_type();
     check_dense(a.master, "master");
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "master must be float32 or float64");
+    MEGACTL_CHECK(type == ScalarType::Float || type == ScalarType::Double, "master must be float32 or float64");
     check_twin(a.grad, a.master, "grad");
     check_twin(a.exp_avg, a.master, "exp_avg");
     check_twin(a.exp_avg_sq, a.master, "exp_avg_sq");
     const Tensor* scalars[] = {&a.lr, &a.step, &a.grad_scale, &a.skip};
     for (const Tensor* scalar : scalars) {
-        STD_TORCH_CHECK(scalar->numel() == 1 && scalar->scalar_type() == type && scalar->device() == a.master.device(),
+        MEGACTL_CHECK(scalar->numel() == 1 && scalar->scalar_type() == type && scalar->device() == a.master.device(),
                         "lr, step, grad_scale and skip must be scalar tensors of the master's dtype and device");
     }
     if (!a.low) return;
     check_dense(*a.low, "param");
     const auto low = a.low->scalar_type();
-    STD_TORCH_CHECK(low == ScalarType::BFloat16 || low == ScalarType::Half || (low == ScalarType::Float && type == ScalarType::Double),
+    MEGACTL_CHECK(low == ScalarType::BFloat16 || low == ScalarType::Half || (low == ScalarType::Float && type == ScalarType::Double),
                     "param must be bfloat16, float16, or float32 beside a float64 master; where it has the master's dtype pass the master itself");
-    STD_TORCH_CHECK(a.low->numel() == a.master.numel() && a.low->device() == a.master.device(),
+    MEGACTL_CHECK(a.low->numel() == a.master.numel() && a.low->device() == a.master.device(),
                     "param must have the master's size and device");
 }
 
@@ -234,7 +265,7 @@ cuda::Type cuda_type(const Tensor& t) {
         case ScalarType::Half:
             return cuda::Type::kFloat16;
         default:
-            STD_TORCH_CHECK(false, "dtype must be float64, float32, bfloat16 or float16");
+            MEGACTL_CHECK(false, "dtype must be float64, float32, bfloat16 or float16");
     }
     return cuda::Type::kFloat;
 }
@@ -246,7 +277,7 @@ void on_device(const Tensor& t, const Launch& launch) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
     const int error = launch(stream);
-    STD_TORCH_CHECK(error == 0, "CUDA launch failed: ", cuda::error_text(error));
+    MEGACTL_CHECK(error == 0, "CUDA launch failed: ", cuda::error_text(error));
 }
 
 void bits_cuda(Tensor out, int64_t first, int64_t seed, int64_t stream, int64_t step) {
