@@ -51,8 +51,12 @@ def weight_gradient(grad: Tensor, x: Tensor, target: Tensor | None, accumulate: 
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     if target is None:
         return grad.t() @ x
-    if target.dtype != grad.dtype:
-        write_gradient(target, grad.t() @ x, accumulate)
+    if target.dtype != grad.dtype and target.is_cuda:
+        # The product is summed in fp32 inside the GEMM and never rounded to 16 bits on its way to the buffer.
+        torch.addmm(target, grad.t(), x, target.dtype, beta=int(accumulate), out=target)
+    elif target.dtype != grad.dtype:
+        # CPUs have no such GEMM. The inputs are exact in the wider type.
+        weight_gradient(grad.to(target.dtype), x.to(target.dtype), target, accumulate)
     elif accumulate:
         target.addmm_(grad.t(), x)
     else:

@@ -38,7 +38,7 @@ def test_dropout_is_the_same_bit_for_bit(compiled, dtype, shape, with_residual):
     x, residual, grad = (torch.randn(shape).to(dtype) for _ in range(3))
     results = []
     for device in ("cpu", "cuda"):
-        leaf = x.to(device).requires_grad_()
+        leaf = x.clone().to(device).requires_grad_()  # a clone: on the CPU .to() returns x itself
         state = torch.tensor([2**40 + 1, 7, 12], device=device)
         y = ops.dropout_add(leaf, residual.to(device) if with_residual else None, 0.3, state, 4, 5, shape[1] + 9)
         y.backward(grad.to(device))
