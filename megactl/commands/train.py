@@ -6,20 +6,23 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megactl.commands.common import columns, count, emit_json, size
 from megactl.config.flags import PANELS, Flag, all_flags, given, help_text, metavar
-from megactl.errors import Problem
+from megactl.errors import MegactlError, Problem
 
 if TYPE_CHECKING:
     from megactl.config.load import Loaded
     from megactl.config.schema import Run
     from megactl.config.start import StartInfo
     from megactl.config.validate import Resolved
+
+EXIT_MISTAKE = 2
 
 # One line a paragraph: Typer keeps the line breaks of all but the first.
 _HELP = "\n\n".join(
@@ -287,13 +290,33 @@ def _start(loaded: Loaded, resolved: Resolved, start: StartInfo, *, as_json: boo
     if not start.is_first:
         return launch(resolved.run, resolved, start)
     with claim(run_dir):
+        before = _config_bytes(run_dir)
         write(run_dir, loaded, resolved.derived)
-        if not as_json:
-            return launch(resolved.run, resolved, start)
-        with _stdout_to_stderr():
-            code = launch(resolved.run, resolved, start)
-        emit_json(_summary(run_dir, code))
+        code = EXIT_MISTAKE
+        try:
+            with _stdout_to_stderr() if as_json else nullcontext():
+                code = launch(resolved.run, resolved, start)
+        except MegactlError as error:
+            code = error.exit_code
+            raise
+        finally:
+            if code == EXIT_MISTAKE and before is not None:
+                # A refused continuation (another model, say) must not leave its settings with the checkpoints of the run that is there.
+                _restore_config(run_dir, before)
+        if as_json:
+            emit_json(_summary(run_dir, code))
         return code
+
+
+def _config_bytes(run_dir: str) -> bytes | None:
+    path = Path(run_dir) / "config.toml"
+    return path.read_bytes() if path.exists() else None
+
+
+def _restore_config(run_dir: str, before: bytes) -> None:
+    from megactl.storage.durable import replace_file
+
+    replace_file(Path(run_dir) / "config.toml", before, f"restore-{os.getpid()}")
 
 
 @contextmanager

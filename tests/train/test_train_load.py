@@ -167,3 +167,12 @@ def test_load_without_a_checkpoint(train, tmp_path):
     (tmp_path / "empty").mkdir()
     train("run", "--load", tmp_path / "empty").must(2, "holds no complete checkpoint")
     train("run", "--load", tmp_path / "nowhere").must(2, "nowhere")
+
+
+def test_a_refused_continuation_leaves_the_runs_settings_alone(train, tmp_path):
+    """config.toml is written before the ranks start; a resume that they refuse must not leave another model's settings behind."""
+    train("one", "--iterations", "2").must(0)
+    config = next(tmp_path.rglob("config.toml"))
+    before = config.read_bytes()
+    train("one", "--iterations", "4", "--hidden", "64").must(2, "hidden")
+    assert config.read_bytes() == before
