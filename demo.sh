@@ -3,13 +3,13 @@
 # library) into data, trains a small GPT on it over four processes (tensor parallel 2 x pipeline parallel 2), stops it once half way,
 # resumes it, samples from it. Nothing is downloaded but the Python packages of the set-up. Leaves everything in runs/demo.
 #
-#   DEMO_ITERATIONS=N   optimizer steps (default 300, about a minute on two cores)
+#   DEMO_ITERATIONS=N   optimizer steps (default 200, about a minute on two cores)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 RUN=runs/demo
 DATA=$RUN/data
-ITERATIONS=${DEMO_ITERATIONS:-300}
+ITERATIONS=${DEMO_ITERATIONS:-200}
 
 scripts/setup.sh
 megactl() { .venv/bin/megactl "$@"; }
