@@ -116,6 +116,7 @@ class Trainer:
 
     def _check_same_program(self) -> None:
         prints = self.group.gather(fingerprint(self.run))
+        self.hosts = [item["host"] for item in prints or ()]
         problem = self.group.broadcast(compare_fingerprints(prints) if prints is not None else None)
         if problem:
             raise RunError(problem, "install the same megactl everywhere and start every rank with the same settings")
@@ -145,7 +146,7 @@ class Trainer:
         run, device = self.run, self.mesh.device
         peak = peak_tflops(torch.cuda.get_device_name(device), run.training.precision) if device.type == "cuda" else None
         terminal = os.fdopen(self.context.terminal_fd, "w") if self.context.terminal_fd is not None else None
-        write_environment(self.context.run_dir)
+        write_environment(self.context.run_dir, hosts=self.hosts)
         return MetricsWriter(
             self.context.run_dir, run, start_iteration=self.progress.iteration, total_iterations=run.training.iterations,
             is_terminal=terminal is not None, terminal=terminal, world_size=self.mesh.world_size,
