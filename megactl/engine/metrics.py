@@ -365,7 +365,8 @@ class _Console:
 def _width_of(terminal: IO[str]) -> int:
     # Of this descriptor, anew each time: a rank's stdout and stderr may be pipes, and windows are resized. One less, so that no line wraps.
     try:
-        return os.get_terminal_size(terminal.fileno()).columns - 1
+        # A terminal that was never told its size (some containers, `script`) reports 0 columns.
+        return (os.get_terminal_size(terminal.fileno()).columns or 80) - 1
     except (OSError, ValueError):
         return 79
 
