@@ -6,8 +6,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TextIO
+
+Facts = ParamSpec("Facts")
+
+_LINE_EVERY_S = 5.0
 
 
 def wants_colour(stream: TextIO, environ: Mapping[str, str] | None = None) -> bool:
@@ -66,3 +71,21 @@ def count(number: float) -> str:
         if abs(number) >= scale:
             return f"{number / scale:.4g}{unit}"
     return f"{number:g}"
+
+
+def printable(text: str) -> str:
+    """Control characters shown, not obeyed: neither a document nor a model may write to the terminal's title or clipboard."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
+
+
+def said_now_and_then(describe: Callable[Facts, str]) -> Callable[Facts, None]:
+    """A progress callback that says describe(...) on stderr every few seconds, for where no bar can be drawn."""
+    last = time.monotonic()
+
+    def update(*arguments: Facts.args, **named: Facts.kwargs) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LINE_EVERY_S:
+            last = time.monotonic()
+            say(describe(*arguments, **named))
+
+    return update

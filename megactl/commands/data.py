@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megactl.commands.common import columns, emit_json, say, size
+from megactl.commands.common import columns, emit_json, printable, said_now_and_then, say, size
 from megactl.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ app = typer.Typer(help="Turn text into token files, inspect them, train a tokeni
 tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 
-_LINE_EVERY_S = 5.0
 
 Files = Annotated[list[Path] | None, typer.Argument(metavar="FILE...", help="Files or folders: .txt, .jsonl, also .gz and .zst.")]
 Inputs = Annotated[list[Path] | None, typer.Option("--input", "-i", metavar="FILE", help="The same, as an option (repeatable).")]
@@ -137,7 +135,7 @@ def inspect(
     ]
     typer.echo("\n".join([report.prefix, *columns(rows, indent="  ")]))
     for number, text in enumerate(texts):
-        typer.echo(f"--- document {number}\n{_printable(text)}")
+        typer.echo(f"--- document {number}\n{printable(text)}")
 
 
 @tokenizer_app.command()
@@ -214,7 +212,7 @@ def show(
     rows = [("kind", facts["kind"]), ("path", facts["path"]), ("sha256", facts["sha256"] or "-")]
     typer.echo("\n".join(columns([*rows, ("vocabulary", str(facts["vocab_size"])), ("end of document", eod)])))
     if ids is not None and pieces is not None:
-        typer.echo(f"{len(ids)} tokens: " + " ".join(f"{token}:{_printable(piece)!r}" for token, piece in zip(ids, pieces, strict=True)))
+        typer.echo(f"{len(ids)} tokens: " + " ".join(f"{token}:{printable(piece)!r}" for token, piece in zip(ids, pieces, strict=True)))
 
 
 def _inputs(files: list[Path] | None, options: list[Path] | None) -> tuple[str, ...]:
@@ -260,15 +258,7 @@ def _progress() -> Iterator[Callable[[Counts], None]]:
 
 
 def _progress_lines() -> Callable[[Counts], None]:
-    last = time.monotonic()
-
-    def update(counts: Counts) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _LINE_EVERY_S:
-            last = time.monotonic()
-            say(f"{100 * counts.disk_bytes / max(counts.disk_total, 1):.0f}%: {_described(counts)}")
-
-    return update
+    return said_now_and_then(lambda counts: f"{100 * counts.disk_bytes / max(counts.disk_total, 1):.0f}%: {_described(counts)}")
 
 
 def _described(counts: Counts) -> str:
@@ -276,17 +266,4 @@ def _described(counts: Counts) -> str:
 
 
 def _text_progress() -> Callable[[float], None]:
-    last = time.monotonic()
-
-    def update(text_mb: float) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _LINE_EVERY_S:
-            last = time.monotonic()
-            say(f"read {text_mb:.0f} MB")
-
-    return update
-
-
-def _printable(text: str) -> str:
-    """Control characters shown, not obeyed: a document must not be able to write to the terminal's title or clipboard."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
+    return said_now_and_then(lambda text_mb: f"read {text_mb:.0f} MB")

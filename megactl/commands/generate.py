@@ -6,13 +6,12 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megactl.commands.common import count, emit_json, say
+from megactl.commands.common import count, emit_json, printable, said_now_and_then, say
 from megactl.errors import CheckpointError, ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from megactl.storage.tokenizer import Tokenizer
 
 _DEFAULT_TOP_K = 40
-_LINE_EVERY_S = 5.0
 _PRECISIONS, _DEVICES = ("fp32", "bf16", "fp64"), ("auto", "cpu", "cuda")
 
 
@@ -79,7 +77,8 @@ def generate(
     if len(ids) + max_tokens - 1 > (limit := model.config.max_positions):
         say(f"the text may outgrow the model's {limit} positions: from there on a token sees the last {max(1, limit // 2)} to {limit}")
     started = time.monotonic()
-    samples = sample(model, ids, options, num_samples, _progress(max_tokens))
+    progress = said_now_and_then(lambda tokens: f"{tokens} of {max_tokens} tokens")
+    samples = sample(model, ids, options, num_samples, progress)
     seconds = time.monotonic() - started
     tokens = sum(len(item.tokens) for item in samples)
     texts = [_continuation(words, ids if text else [], item.tokens) for item in samples]
@@ -113,9 +112,7 @@ def _check(given: dict[str, Any]) -> None:
         ("--precision", f"must be one of {', '.join(_PRECISIONS)}", "leave it out for the run's own",
          given["precision"] in (None, *_PRECISIONS)),
     ]  # fmt: skip
-    problems = [
-        Problem(f"{flag} {given[flag[2:].replace('-', '_')]}", rule, instead) for flag, rule, instead, holds in rules if not holds
-    ]
+    problems = [Problem(f"{flag} {given[flag[2:].replace('-', '_')]}", rule, instead) for flag, rule, instead, holds in rules if not holds]
     if problems:
         raise ConfigError(problems)
 
@@ -222,22 +219,4 @@ def _print(prompt: str, texts: list[str]) -> None:
         if len(texts) > 1:
             typer.echo(f"--- sample {number}")
         shown = prompt + text
-        typer.echo(_printable(shown) if sys.stdout.isatty() else shown)
-
-
-def _printable(text: str) -> str:
-    """Control characters shown, not obeyed: a model must not be able to write to the terminal's title or clipboard."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
-
-
-def _progress(total: int) -> Callable[[int], None]:
-    """A line on stderr every few seconds, for models that are slow here."""
-    last = time.monotonic()
-
-    def update(tokens: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _LINE_EVERY_S:
-            last = time.monotonic()
-            say(f"{tokens} of {total} tokens")
-
-    return update
+        typer.echo(printable(shown) if sys.stdout.isatty() else shown)

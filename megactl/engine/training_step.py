@@ -74,10 +74,14 @@ class TrainingStep:
         totals = self._totals(loss_sum, tokens, stop)
         return self._update(totals, global_batch_size, learning_rate)
 
+    @property
+    def _reports_loss(self) -> float:
+        """1 on the ranks whose loss counts: tensor-parallel ranks of the last stage all see the same one, so one of them reports it."""
+        return float(self.mesh.tp.rank == 0 and self.mesh.is_last_stage)
+
     def _totals(self, loss_sum: Tensor, tokens: Tensor, stop: float) -> Tensor:
         """[squared norm, loss sum, tokens, stop] over all ranks, in one reduction."""
-        # Tensor-parallel ranks of the last stage all see the same loss: one of them reports it.
-        reports = float(self.mesh.tp.rank == 0 and self.mesh.is_last_stage)
+        reports = self._reports_loss
         stop_flag = self._scalar(stop, torch.float64)
         totals = torch.stack([self.part.optimizer.norm_squared(), loss_sum * reports, tokens * reports, stop_flag])
         if self.mesh.world_size > 1:
@@ -126,12 +130,7 @@ class TrainingStep:
     def evaluate(self, batches: Batches, count: int, global_batch_size: int) -> Tensor:
         """Mean token loss over `count` micro-batches a replica, without dropout; 0-d float64, equal on all ranks."""
         loss_sum, tokens = self.executor.run(self._schedule("forward", count), self._inputs(0, batches, count, global_batch_size, False))
-        return self.mean_loss(loss_sum, tokens)
-
-    def mean_loss(self, loss_sum: Tensor, tokens: Tensor) -> Tensor:
-        """Loss sum over token count, each summed over the ranks that saw it."""
-        reports = float(self.mesh.tp.rank == 0 and self.mesh.is_last_stage)
-        totals = torch.stack([loss_sum, tokens]) * reports
+        totals = torch.stack([loss_sum, tokens]) * self._reports_loss
         if self.mesh.world_size > 1:
             all_reduce(totals, None)
         return totals[0] / totals[1].clamp(min=1.0)
