@@ -16,6 +16,8 @@ class Batch(NamedTuple):
 
     tokens, labels, position_ids int64 [b, s]; loss_mask float32 [b, s], 0 where a label does not count;
     segments int64 [b, s], the number of the document inside the sequence, or None where attention may cross documents.
+    Only for encoders (None otherwise): token_types int64 [b, s], 0 in the first part of a sentence pair and 1 in the second;
+    padding_mask bool [b, s], True where there is a token; sentence_labels int64 [b], 1 where the second part does not follow the first.
     """
 
     tokens: torch.Tensor
@@ -23,6 +25,9 @@ class Batch(NamedTuple):
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     segments: torch.Tensor | None
+    token_types: torch.Tensor | None = None
+    padding_mask: torch.Tensor | None = None
+    sentence_labels: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from where a copy to the GPU does not block."""
