@@ -114,7 +114,7 @@ def ops_extension():
 
     cuda = wants_cuda()
     archs = gpu_archs() if cuda else []
-    sources = [str(CSRC / "ops.cpp")]
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / CSRC / "ops").glob("*.cpp"))
     if cuda:
         sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / CSRC / "kernels" / "cuda").glob("*.cu"))
     extension = (CUDAExtension if cuda else CppExtension)(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 MARKER = "megactl-build-info:"
 # What each module is compiled from, relative to megactl/csrc.
-SOURCES: dict[str, tuple[str, ...]] = {"_ops": ("ops.cpp", "kernels"), "_native": ("native",)}
+SOURCES: dict[str, tuple[str, ...]] = {"_ops": ("ops", "kernels"), "_native": ("native",)}
 _SUFFIXES = (".cpp", ".cu", ".h", ".cuh")
 
 
@@ -51,7 +51,7 @@ def package_folder() -> Path:
 def csrc_folder() -> Path | None:
     """The sources of the compiled modules; None where megactl was installed from a wheel, which does not carry them."""
     folder = package_folder() / "csrc"
-    return folder if (folder / "ops.cpp").is_file() else None
+    return folder if (folder / "ops").is_dir() else None
 
 
 def module_sources(module: str, csrc: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megactl.engine import ops
-from megactl.engine.ops import reference
+from megactl.engine.ops.reference import adamw as reference
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 NAMES = ("param", "master", "grad", "exp_avg", "exp_avg_sq")

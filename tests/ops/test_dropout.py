@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megactl.engine import ops
-from megactl.engine.ops import reference
+from megactl.engine.ops.reference import random as reference
 from megactl.errors import ConfigError
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megactl.engine import ops
-from megactl.engine.ops import reference
+from megactl.engine.ops.reference import random as reference
 from megactl.errors import ConfigError
 
 ALL = 0xFFFFFFFF

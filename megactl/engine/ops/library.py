@@ -10,8 +10,6 @@ import importlib
 import os
 import re
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -19,6 +17,8 @@ from megactl import _build
 from megactl.errors import BuildError, ConfigError, Problem
 
 MODES = ("auto", "compiled", "torch")
+# The modules beside this one that have operators, each with a function `register`.
+TOPICS = ("philox", "adamw")
 
 
 def mode() -> str:
@@ -114,28 +114,6 @@ def _warn_once(missing: str) -> None:
 
 
 def _register() -> None:
-    """Tell torch what shapes the operators give and how they differentiate."""
-    fakes: dict[str, Callable[..., Any]] = {
-        "dropout_add": lambda x, *rest: torch.empty_like(x),
-        "philox_bits_": lambda *arguments: None,
-        "normal_": lambda *arguments: None,
-        "adamw_": lambda *arguments: None,
-    }
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"megactl::{name}", fake)
-    torch.library.register_autograd("megactl::dropout_add", _dropout_backward, setup_context=_dropout_context)
-
-
-def _dropout_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, _, ctx.p, rng, ctx.site, ctx.outer_offset, ctx.outer_size = inputs
-    # Saved, not cloned: autograd's version check then refuses a backward after rng was changed in place.
-    ctx.save_for_backward(rng)
-
-
-def _dropout_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    (rng,) = ctx.saved_tensors
-    grad_x = None
-    if ctx.needs_input_grad[0]:
-        # The gradient is dropped and scaled as the input was: the same operator, without a residual.
-        grad_x = torch.ops.megactl.dropout_add(grad.contiguous(), None, ctx.p, rng, ctx.site, ctx.outer_offset, ctx.outer_size)
-    return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None
+    """Tell torch what shapes the operators give and how they differentiate: each topic knows its own."""
+    for topic in TOPICS:
+        importlib.import_module(f"megactl.engine.ops.{topic}").register()

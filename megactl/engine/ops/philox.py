@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megactl.engine.ops import reference
 from megactl.engine.ops.library import use_compiled
+from megactl.engine.ops.reference import random as reference
 from megactl.errors import ConfigError, Problem
 
 # Counter word 3 of parameter initialisation. Training steps are counted below it.
@@ -119,3 +120,26 @@ def _require(holds: bool, rule: str, **found: object) -> None:
 def _looks(tensor: Tensor) -> str:
     contiguous = "" if tensor.is_contiguous() else " (not contiguous)"
     return f"{tensor.dtype} {list(tensor.shape)}{contiguous} on {tensor.device}"
+
+
+def register() -> None:
+    """Tell torch what shapes the operators give, and that dropout's backward is dropout of the gradient."""
+    torch.library.register_fake("megactl::dropout_add", lambda x, *rest: torch.empty_like(x))
+    for name in ("philox_bits_", "normal_"):
+        torch.library.register_fake(f"megactl::{name}", lambda *arguments: None)
+    torch.library.register_autograd("megactl::dropout_add", _dropout_backward, setup_context=_dropout_context)
+
+
+def _dropout_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, _, ctx.p, rng, ctx.site, ctx.outer_offset, ctx.outer_size = inputs
+    # Saved, not cloned: autograd's version check then refuses a backward after rng was changed in place.
+    ctx.save_for_backward(rng)
+
+
+def _dropout_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (rng,) = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        # The gradient is dropped and scaled as the input was: the same operator, without a residual.
+        grad_x = torch.ops.megactl.dropout_add(grad.contiguous(), None, ctx.p, rng, ctx.site, ctx.outer_offset, ctx.outer_size)
+    return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None

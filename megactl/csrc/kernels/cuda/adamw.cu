@@ -1,5 +1,6 @@
 // CUDA twin of kernels/cpu/adamw.h.
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/adamw.h"
 
 namespace megactl::cuda {
 

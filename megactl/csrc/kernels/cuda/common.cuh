@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/types.h"
 
 namespace megactl::cuda {
 

@@ -1,5 +1,6 @@
 // CUDA twins of kernels/cpu/random.h: the same words, hence the same elements kept, and the same arithmetic.
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/random.h"
 
 namespace megactl::cuda {
 
@@ -132,7 +133,5 @@ int dropout_add(Type type, const Dropout& settings, const void* x, const void* r
     }
     return cudaErrorInvalidValue;
 }
-
-const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace megactl::cuda
