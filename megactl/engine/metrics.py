@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -120,10 +120,10 @@ class MetricsWriter:
         for logger in self._loggers:
             logger.log({f"{name} loss": loss, f"{name} perplexity": ppl}, iteration)
 
-    def finish(self, status: str, *, peak_memory_gb: float | None = None) -> dict[str, Any]:
+    def finish(self, status: str, *, peak_memory_gb: Sequence[float] = ()) -> dict[str, Any]:
         """Print the rest of the interval, close everything, write summary.json and return it.
 
-        `status`: completed, saved, failed or interrupted. `peak_memory_gb`: maximum over the ranks.
+        `status`: completed, saved, failed or interrupted. `peak_memory_gb`: of each rank, empty where it is not known.
         """
         if self._interval:
             self._report_interval()
@@ -423,7 +423,7 @@ class _WeightsAndBiases:
 
 
 def write_summary(
-    run_dir: Path, run: Run, *, status: str, world_size: int, peak_memory_gb: float | None = None, error: str | None = None
+    run_dir: Path, run: Run, *, status: str, world_size: int, peak_memory_gb: Sequence[float] = (), error: str | None = None
 ) -> dict[str, Any]:
     """Write summary.json (atomically) from metrics.jsonl and return it; figures that are not known are null. Raises OSError."""
     path = run_dir / METRICS_FILE
@@ -436,7 +436,8 @@ def write_summary(
         "tokens_per_s": median_of(steps, "tokens_per_s"),
         "model_tflops_per_gpu": median_of(steps, "model_tflops_per_gpu"),
         "mfu": median_of(steps, "mfu"),
-        "peak_memory_gb": peak_memory_gb,
+        "peak_memory_gb": max(peak_memory_gb, default=None),
+        "peak_memory_gb_by_rank": list(peak_memory_gb),
         "world_size": world_size,
         "layout": layout_of(run),
     }

@@ -358,16 +358,15 @@ class Trainer:
             self.say(f"stopped after iteration {self.progress.iteration} as asked; run the same command again to continue")
         return 0 if done else EXIT_SAVED
 
-    def _peak_memory_gb(self) -> float:
-        """Largest memory of a rank in GB (1e9 bytes): allocated on the GPU, resident on a CPU."""
+    def _peak_memory_gb(self) -> list[float]:
+        """Most memory of each rank in GB (1e9 bytes): allocated on the GPU, resident on a CPU. Empty but on rank 0; collective."""
         import resource
 
         if self.mesh.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peaks = self.group.gather(peak / 1e9)
-        return max(peaks) if peaks is not None else 0.0
+        return self.group.gather(peak / 1e9) or []
 
 
 def _quiet(message: str) -> None:

@@ -310,7 +310,7 @@ def test_summary_has_the_fixed_keys(tmp_path):
     made, _ = writer(tmp_path, world_size=4, flops_per_iteration=lambda batch: 4e12, peak_tflops=20.0)
     for iteration in range(1, 6):
         made.step(step(iteration, loss=6.0 - iteration, seconds=10.0 if iteration == 1 else 0.5))
-    summary = made.finish("completed", peak_memory_gb=3.5)
+    summary = made.finish("completed", peak_memory_gb=[2.5, 3.5])
     assert summary == read_summary(tmp_path)
     layout = summary.pop("layout")
     assert (layout["tp"], layout["pp"], layout["micro_batch_size"]) == (1, 1, 1)
@@ -323,6 +323,7 @@ def test_summary_has_the_fixed_keys(tmp_path):
         "model_tflops_per_gpu": 2.0,
         "mfu": 0.1,
         "peak_memory_gb": 3.5,
+        "peak_memory_gb_by_rank": [2.5, 3.5],
         "world_size": 4,
     }
     assert not list(tmp_path.glob(".*.tmp"))

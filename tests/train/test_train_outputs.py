@@ -11,7 +11,7 @@ from train_harness import assert_same_tensors, checkpoint, evaluations, losses, 
 
 SUMMARY_KEYS = {
     "status", "iterations", "final_loss", "median_s_per_iteration", "tokens_per_s", "model_tflops_per_gpu", "mfu", "peak_memory_gb",
-    "world_size", "layout",
+    "peak_memory_gb_by_rank", "world_size", "layout",
 }  # fmt: skip
 METRIC_KEYS = {
     "iteration", "consumed_samples", "loss", "learning_rate", "global_batch_size", "grad_norm", "seconds", "tokens_per_s",
@@ -27,7 +27,8 @@ def test_files_of_a_run(train, tmp_path):
     result = summary(folder)
     assert set(result) == SUMMARY_KEYS
     assert (result["status"], result["iterations"], result["world_size"]) == ("completed", 6, 2)
-    assert result["peak_memory_gb"] > 0 and result["layout"]["dp"] == 2
+    assert len(result["peak_memory_gb_by_rank"]) == 2 and result["peak_memory_gb"] == max(result["peak_memory_gb_by_rank"]) > 0
+    assert result["layout"]["dp"] == 2
     lines = records(folder)
     steps, evals = [line for line in lines if "kind" not in line], [line for line in lines if line.get("kind") == "eval"]
     assert all(set(line) == METRIC_KEYS for line in steps)
