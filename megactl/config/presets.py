@@ -1,7 +1,9 @@
 """Named architectures. A preset sets the model's shape and the sequence length; everything else keeps its default.
 
 Sources: gpt-345m is GPT-2 medium; gpt-1.3b is GPT-3 XL's width and depth with 16 heads; gpt-1.7b to gpt-1t are Table 1 of
-Narayanan et al., SC21, arXiv:2104.04473; gpt-52b and gpt-181b are the shapes of BigScience's GPT experiments.
+Narayanan et al., SC21, arXiv:2104.04473; gpt-52b and gpt-181b are the shapes of BigScience's GPT experiments. bert-base and
+bert-large are the published models (Devlin et al. 2019, arXiv:1810.04805; dropout apart, which presets leave alone); bert-345m is
+Megatron-LM's BERT of the second one's size.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 from megactl.config.settings import nearest
 from megactl.errors import Problem
 
-_GPT2_VOCAB, _SC21_VOCAB = 50257, 51200
+_GPT2_VOCAB, _SC21_VOCAB, _BERT_VOCAB = 50257, 51200, 30522
 
 # name: (layers, hidden, heads, sequence length, vocabulary; None: the tokenizer's)
 _SHAPES: dict[str, tuple[int, int, int, int, int | None]] = {
@@ -30,7 +32,14 @@ _SHAPES: dict[str, tuple[int, int, int, int, int | None]] = {
     "gpt-310b": (96, 16384, 128, 2048, _SC21_VOCAB),
     "gpt-530b": (105, 20480, 128, 2048, _SC21_VOCAB),
     "gpt-1t": (128, 25600, 160, 2048, _SC21_VOCAB),
+    "bert-tiny": (4, 128, 4, 128, None),
+    "bert-base": (12, 768, 12, 512, _BERT_VOCAB),
+    "bert-large": (24, 1024, 16, 512, _BERT_VOCAB),
+    "bert-345m": (24, 1024, 16, 512, _BERT_VOCAB),
 }
+
+_PUBLISHED_BERT = {"model.norm_position": "post", "model.gelu": "erf", "model.layernorm_epsilon": 1e-12}
+_MORE: dict[str, dict[str, Any]] = {"bert-base": _PUBLISHED_BERT, "bert-large": _PUBLISHED_BERT}
 
 PRESETS: tuple[str, ...] = tuple(_SHAPES)
 
@@ -39,11 +48,12 @@ def preset_values(name: str) -> dict[str, Any]:
     """The dotted settings that preset `name` sets. Raises KeyError for an unknown name; `preset_problem` words that for users."""
     layers, hidden, heads, seq_length, vocab = _SHAPES[name]
     values = {
-        "model.architecture": "gpt",
+        "model.architecture": name.partition("-")[0],
         "model.num_layers": layers,
         "model.hidden_size": hidden,
         "model.num_heads": heads,
         "training.seq_length": seq_length,
+        **_MORE.get(name, {}),
     }
     return values if vocab is None else {**values, "model.vocab_size": vocab}
 

@@ -34,6 +34,12 @@ REFUSED: tuple[Refusal, ...] = (
         "use --device cpu, or --precision fp32",
     ),
     Refusal(
+        ("model.sentence_head", "model.architecture"),
+        lambda run: run.model.sentence_head is not None and run.model.architecture == "gpt",
+        "only BERT is trained on sentence pairs",
+        "use --model bert, or leave --sentence-head out",
+    ),
+    Refusal(
         ("checkpoint.load", "checkpoint.resume"),
         lambda run: run.checkpoint.load is not None and run.checkpoint.resume == "must",
         "a run either starts from another run's checkpoint or must continue its own",

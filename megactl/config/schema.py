@@ -30,7 +30,7 @@ def setting(
 class Model:
     """The architecture alone: nothing here depends on how the model is spread over ranks."""
 
-    architecture: str = setting("gpt", "model family", flags=("--model",), choices=("gpt",))
+    architecture: str = setting("gpt", "model family", flags=("--model",), choices=("gpt", "bert"))
     num_layers: int = setting(12, "transformer layers", flags=("--layers", "--num-layers"))
     hidden_size: int = setting(768, "width of the residual stream", flags=("--hidden", "--hidden-size"))
     num_heads: int = setting(12, "attention heads", flags=("--heads", "--num-attention-heads"))
@@ -40,6 +40,15 @@ class Model:
     )
     max_positions: int | None = setting(
         None, "learned positions (default: the sequence length)", flags=("--max-positions", "--max-position-embeddings")
+    )
+    norm_position: str = setting(
+        "pre",
+        "LayerNorm before each branch, and once at the end; or after each residual, as in the first GPT and the published BERT",
+        flags=("--norm-position",),
+        choices=("pre", "post"),
+    )
+    sentence_head: bool | None = setting(
+        None, "pooler and head of two classes for sentence pairs (default: on for bert)", flags=("--sentence-head/--no-sentence-head",)
     )
     gelu: str = setting("tanh", "GELU: the tanh approximation or the exact erf", flags=("--gelu",), choices=("tanh", "erf"))
     untie_embeddings: bool = setting(

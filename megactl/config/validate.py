@@ -200,6 +200,8 @@ def _derive_model(run: Run, machine: Machine) -> Iterator[Derived]:
         yield Derived("eod", machine.eod, f"end-of-document token of {machine.vocab_source}")
     if model.ffn_size is None:
         yield Derived("model.ffn_size", 4 * model.hidden_size, f"4 x hidden {model.hidden_size}")
+    if model.sentence_head is None and model.architecture == "bert":
+        yield Derived("model.sentence_head", True, "BERT is trained on sentence pairs as well")
     if model.max_positions is None:
         yield Derived("model.max_positions", run.training.seq_length, "the sequence length")
 

@@ -1,10 +1,11 @@
-"""Floating-point operations of a GPT and the utilisation computed from them. The only place MFU is defined.
+"""Floating-point operations of a GPT or BERT and the utilisation computed from them. The only place MFU is defined.
 
 Counted is what the matrix multiplies need: every weight matrix (embedding look-ups, biases, LayerNorm and GELU are not), and
 attention's scores and values. A multiply-add is two operations; a backward takes twice its forward. Conventions, always named:
 
 * model FLOPs (MFU): forward and backward once, attention over the whole s x s square;
-* causal model FLOPs (causal MFU): the same with half of that square, which is what a causal kernel has to compute;
+* causal model FLOPs (causal MFU): the same with half of that square, which is what a causal kernel has to compute; BERT looks in
+  both directions, so that for BERT it is the same number;
 * hardware FLOPs (HFU): model FLOPs plus what recomputation runs again.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megactl.config.schema import Model
-from megactl.costmodel.parameters import ffn_width, vocabulary
+from megactl.costmodel.parameters import SENTENCE_CLASSES, ffn_width, has_sentence_head, is_encoder, vocabulary
 from megactl.errors import ConfigError, Problem
 
 RECOMPUTE = ("none", "selective", "full")
@@ -21,39 +22,53 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 def matmul_weights(model: Model) -> dict[str, int]:
-    """Weights that multiply every token, by part (elements): qkv, attention output, both MLP matrices, head (tied or not)."""
+    """Weights that multiply every token, by part (elements): qkv, attention output, both MLP matrices, head (tied or not).
+
+    BERT's head includes the dense layer before the output matrix; all tokens pass it, masked or not.
+    """
     h, f, layers = model.hidden_size, ffn_width(model), model.num_layers
-    return {"qkv": layers * 3 * h * h, "attention_output": layers * h * h, "mlp": layers * 2 * h * f, "head": h * vocabulary(model)}
+    head = h * vocabulary(model) + (h * h if is_encoder(model) else 0)
+    return {"qkv": layers * 3 * h * h, "attention_output": layers * h * h, "mlp": layers * 2 * h * f, "head": head}
+
+
+def sentence_weights(model: Model) -> int:
+    """Weights that multiply one vector a sequence (elements): BERT's pooler and classes."""
+    return model.hidden_size * (model.hidden_size + SENTENCE_CLASSES) if has_sentence_head(model) else 0
 
 
 def forward_flops_per_token(model: Model, seq_length: int, *, causal: bool = False) -> dict[str, int]:
     """Forward operations for one token of a sequence of `seq_length`, by part; the parts of `matmul_weights` and `attention`."""
     square = 2 * 2 * seq_length * model.hidden_size * model.num_layers
     weights = {part: 2 * count for part, count in matmul_weights(model).items()}
-    return {**weights, "attention": square // 2 if causal else square}
+    return {**weights, "attention": square // 2 if causal and not is_encoder(model) else square}
 
 
-def model_flops_per_token(model: Model, seq_length: int, *, causal: bool = False) -> int:
-    """Forward and backward operations for one token (six times the matmul weights, plus attention)."""
-    return 3 * sum(forward_flops_per_token(model, seq_length, causal=causal).values())
+def forward_flops(model: Model, seq_length: int, *, causal: bool = False) -> int:
+    """Forward operations of one sequence: those of its tokens, and those of the sentence head, which is run once."""
+    return seq_length * sum(forward_flops_per_token(model, seq_length, causal=causal).values()) + 2 * sentence_weights(model)
+
+
+def model_flops_per_token(model: Model, seq_length: int, *, causal: bool = False) -> float:
+    """Forward and backward operations for one token (six times the matmul weights, plus attention, and its share of the sentence head)."""
+    return 3 * forward_flops(model, seq_length, causal=causal) / seq_length
 
 
 def model_flops(model: Model, seq_length: int, batch: int, *, causal: bool = False) -> int:
     """Forward and backward operations of one iteration over `batch` sequences, no recomputation."""
-    return batch * seq_length * model_flops_per_token(model, seq_length, causal=causal)
+    return batch * 3 * forward_flops(model, seq_length, causal=causal)
 
 
 def hardware_flops(model: Model, seq_length: int, batch: int, *, recompute: str = "none", causal: bool = False) -> int:
     """Operations of one iteration including recomputation.
 
-    `full` runs each layer's forward once more (factor 4 instead of 3 on the layers, 3 on the head); `selective` only attention's
+    `full` runs each layer's forward once more (factor 4 instead of 3 on the layers, 3 on the heads); `selective` only attention's
     scores and values. Korthikanti et al. 2022 charge three times as much for the latter; this is the structural count.
     """
     if recompute not in RECOMPUTE:
         raise ConfigError([Problem(f"recompute = {recompute!r}", "is not a known kind", f"set one of {', '.join(RECOMPUTE)}")])
     forward = forward_flops_per_token(model, seq_length, causal=causal)
     again = {"none": 0, "selective": forward["attention"], "full": sum(forward.values()) - forward["head"]}[recompute]
-    return batch * seq_length * (3 * sum(forward.values()) + again)
+    return model_flops(model, seq_length, batch, causal=causal) + batch * seq_length * again
 
 
 def sc21_flops(model: Model, seq_length: int, batch: int, *, recompute: bool) -> float:

@@ -1,4 +1,4 @@
-"""How many parameters a GPT has: in all, by part, by pipeline stage and on one rank. The only place that counts them."""
+"""How many parameters a GPT or BERT has: in all, by part, by pipeline stage and on one rank. The only place that counts them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ from megactl.errors import ConfigError, Problem
 VOCABULARY_MULTIPLE = 128
 """Vocabularies are padded to a multiple of this (and of tp), so that the head's matrix multiply has whole tiles."""
 
-SHARDED_PARTS = frozenset({"word_embeddings", "attention", "mlp", "output_head"})
+SHARDED_PARTS = frozenset({"word_embeddings", "attention", "mlp", "output_head", "output_bias"})
 """Parts whose parameters tensor parallelism divides; all others are held whole by every tensor-parallel rank."""
+
+
+TOKEN_TYPES = 2
+SENTENCE_CLASSES = 2
+
+
+def is_encoder(model: Model) -> bool:
+    """Whether the model is BERT: token types, attention in both directions, heads of its own."""
+    return model.architecture == "bert"
+
+
+def has_sentence_head(model: Model) -> bool:
+    """Whether BERT has the pooler and its classes; a setting that is still open means yes."""
+    return is_encoder(model) and model.sentence_head is not False
 
 
 def ffn_width(model: Model) -> int:
@@ -40,8 +54,9 @@ def parameter_parts(model: Model, *, seq_length: int | None = None) -> dict[str,
     """Parameters of the whole model by part, vocabulary unpadded, a tied weight counted once.
 
     `seq_length` gives the number of learned positions where the model does not set it. Parts: word_embeddings,
-    position_embeddings, attention, mlp, layernorms, final_layernorm, output_head (0 when tied). Their sum for a tied model
-    with ffn = 4h is l(12h^2 + 13h) + vh + sh + 2h.
+    position_embeddings, attention, mlp, layernorms, final_layernorm (0 where norms stand behind), output_head (0 when tied). Their
+    sum for a tied GPT with ffn = 4h is l(12h^2 + 13h) + vh + sh + 2h. BERT has in addition token_type_embeddings,
+    embedding_layernorm (0 where norms stand in front), mlm_head, output_bias and sentence_head.
     """
     hidden, layers = model.hidden_size, model.num_layers
     vocab, positions = vocabulary(model), learned_positions(model, seq_length)
@@ -49,9 +64,11 @@ def parameter_parts(model: Model, *, seq_length: int | None = None) -> dict[str,
     return {
         "word_embeddings": vocab * hidden,
         "position_embeddings": positions * hidden,
+        **_encoder_embedding(model),
         **{part: layers * count for part, count in layer.items()},
-        "final_layernorm": 2 * hidden,
+        **_head_parts(model),
         "output_head": vocab * hidden if model.untie_embeddings else 0,
+        **({"output_bias": vocab} if is_encoder(model) else {}),
     }
 
 
@@ -70,21 +87,24 @@ def stage_parts(model: Model, *, tp: int, num_stages: int, stage: int, seq_lengt
     """Parameters that one rank holds for one stage, by part, with the padded vocabulary.
 
     Split over tp: matrix weights, biases of the column-parallel layers (qkv and the first MLP matrix), embedding and head rows.
-    Whole on each tp rank: LayerNorms, biases of the row-parallel layers, positions. With more than one stage a tied head is a
-    second copy of the embedding on the last stage. Raises ConfigError where tp or the stages do not divide the model.
+    Whole on each tp rank: LayerNorms, biases of the row-parallel layers, positions, BERT's token types and what it has before the
+    output matrix. With more than one stage a tied head is a second copy of the embedding on the last stage. Raises ConfigError
+    where tp or the stages do not divide the model.
     """
     check_tensor_parallel(model, tp)
     layers = len(split_layers(model.num_layers, num_stages)[stage])
     first, last = stage == 0, stage == num_stages - 1
-    rows = padded_vocab(vocabulary(model), tp) // tp * model.hidden_size
+    rows = padded_vocab(vocabulary(model), tp) // tp
     separate_head = last and (model.untie_embeddings or num_stages > 1)
     layer = {part: sharded // tp + whole for part, (sharded, whole) in _layer_parts(model).items()}
     return {
-        "word_embeddings": rows if first else 0,
+        "word_embeddings": rows * model.hidden_size if first else 0,
         "position_embeddings": learned_positions(model, seq_length) * model.hidden_size if first else 0,
+        **{part: count if first else 0 for part, count in _encoder_embedding(model).items()},
         **{part: layers * count for part, count in layer.items()},
-        "final_layernorm": 2 * model.hidden_size if last else 0,
-        "output_head": rows if separate_head else 0,
+        **{part: count if last else 0 for part, count in _head_parts(model).items()},
+        "output_head": rows * model.hidden_size if separate_head else 0,
+        **({"output_bias": rows if last else 0} if is_encoder(model) else {}),
     }
 
 
@@ -119,6 +139,24 @@ def learned_positions(model: Model, seq_length: int | None) -> int:
         rule = "is not known, and the position table's size depends on it"
         raise ConfigError([Problem("max_positions", rule, "set --seq or --max-positions")])
     return positions
+
+
+def _encoder_embedding(model: Model) -> dict[str, int]:
+    """What BERT's embedding has besides tokens and positions."""
+    if not is_encoder(model):
+        return {}
+    norm = 2 * model.hidden_size if model.norm_position == "post" else 0
+    return {"token_type_embeddings": TOKEN_TYPES * model.hidden_size, "embedding_layernorm": norm}
+
+
+def _head_parts(model: Model) -> dict[str, int]:
+    """What stands between the last layer and the output matrix, and beside it. Nothing of it is split over tp."""
+    h = model.hidden_size
+    parts = {"final_layernorm": 2 * h if model.norm_position == "pre" else 0}
+    if is_encoder(model):
+        pooler, classifier = h * h + h, SENTENCE_CLASSES * (h + 1)
+        parts |= {"mlm_head": h * h + h + 2 * h, "sentence_head": pooler + classifier if has_sentence_head(model) else 0}
+    return parts
 
 
 def _layer_parts(model: Model) -> dict[str, tuple[int, int]]:

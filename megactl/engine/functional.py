@@ -179,10 +179,18 @@ class _Embedding(Function):
         return None, None if ctx.target is not None else target, None, None
 
 
+# Up to this many rows a table's gradient is a product with the one-hot matrix of its ids.
+_FEW_ROWS = 16
+
+
 def _add_rows(target: Tensor, rows: Tensor, values: Tensor) -> None:
     """target[rows[i]] += values[i], in an order that is the same in every run."""
     values = values.to(target.dtype)
-    if target.is_cuda:
+    if target.shape[0] <= _FEW_ROWS:
+        # index_put_ adds the values of one row one after the other: with two token types, half of all tokens.
+        one_hot = rows == torch.arange(target.shape[0], device=rows.device).unsqueeze(1)
+        target.addmm_(one_hot.to(target.dtype), values)
+    elif target.is_cuda:
         # index_add_ on CUDA uses atomics, whose order changes between runs; index_put_ sorts first.
         target.index_put_((rows,), values, accumulate=True)
     else:

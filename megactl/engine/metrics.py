@@ -31,11 +31,15 @@ __all__ = ["MetricsWriter", "Step", "check_loggers", "read_summary", "write_summ
 # The first steps after a (re)start compile, allocate and fill caches; they say nothing about the ones to come.
 _WARM_UP_STEPS = 2
 _LIVE_SECONDS = 0.1
+# Megatron calls the sentence loss by the task of its own data, sentence order; its parsers look for that name.
+_LOG_NAMES = {"lm_loss": "lm loss", "sentence_loss": "sop loss"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One finished iteration. `seconds` is the step alone, without evaluation and saving; `losses` holds further losses by their log name.
+    """One finished iteration. `seconds` is the step alone, without evaluation and saving.
+
+    `losses`: the parts that `loss` is the sum of, by name (lm_loss, sentence_loss), where a model has several; empty where it has one.
 
     `skipped`: the optimizer did not step (overflow). A loss that is not finite is kept as such here and written as null with "nan": true.
     """
@@ -109,16 +113,31 @@ class MetricsWriter:
             self._report_interval()
         self._console.live(lambda: self._live_text(step))
 
-    def evaluation(self, iteration: int, loss: float, *, seconds: float | None = None, name: str = "validation") -> None:
-        """Record an evaluation: its own line in metrics.jsonl and Megatron's block on the console. `loss` is the mean, in nats a token."""
-        ppl = _ppl(loss)
-        record = {"kind": "eval", "iteration": iteration, "name": name, **_number("loss", loss), "ppl": _finite(ppl), "seconds": seconds}
-        self._file.append(record)
-        line = f" {name} loss at iteration {iteration} | lm loss value: {_scientific(loss)} | lm loss PPL: {_scientific(ppl)} | "
+    def evaluation(
+        self,
+        iteration: int,
+        loss: float,
+        *,
+        losses: Mapping[str, float] | None = None,
+        seconds: float | None = None,
+        name: str = "validation",
+    ) -> None:
+        """Record an evaluation: its own line in metrics.jsonl and Megatron's block on the console.
+
+        `loss` is the mean, in nats; `losses` are its parts as in `Step`. The perplexity is that of the tokens.
+        """
+        shown = _by_log_name(loss, losses or {})
+        ppl = _ppl(shown["lm loss"])
+        parts = {part: _finite(value) for part, value in (losses or {}).items()}
+        record = {"kind": "eval", "iteration": iteration, "name": name, **_number("loss", loss), **parts, "ppl": _finite(ppl)}
+        self._file.append(record | {"seconds": seconds})
+        values = "".join(f"{key} value: {_scientific(value)} | {key} PPL: {_scientific(_ppl(value))} | " for key, value in shown.items())
+        line = f" {name} loss at iteration {iteration} | {values}"
         rule = "-" * (len(line) + 1)
         self._console.line(f"{rule}\n{line}\n{rule}")
+        extra = {f"{name} {key}": value for key, value in shown.items()} if losses else {}
         for logger in self._loggers:
-            logger.log({f"{name} loss": loss, f"{name} perplexity": ppl}, iteration)
+            logger.log({f"{name} loss": loss, f"{name} perplexity": ppl, **extra}, iteration)
 
     def finish(self, status: str, *, peak_memory_gb: Sequence[float] = ()) -> dict[str, Any]:
         """Print the rest of the interval, close everything, write summary.json and return it.
@@ -176,7 +195,7 @@ class MetricsWriter:
         last = interval[-1]
         tokens, tflops, _ = self._rates(seconds, last.global_batch_size)
         self._console.line(iteration_line(interval, self._total, tflops=tflops, tokens_per_s=tokens, eta=self.eta_seconds()))
-        values = {"lm loss": _mean(interval, lambda step: step.loss), "learning rate": last.learning_rate, "tokens per second": tokens}
+        values = {**_interval_losses(interval), "learning rate": last.learning_rate, "tokens per second": tokens}
         values |= {"iteration time (s)": seconds, "global batch size": last.global_batch_size}
         values |= {"grad norm": last.grad_norm} if last.grad_norm is not None else {}
         values |= {"TFLOP/s per GPU": tflops} if tflops is not None else {}
@@ -216,10 +235,14 @@ def iteration_line(
 
 def _interval_losses(interval: list[Step]) -> dict[str, float]:
     # Where every iteration was skipped Megatron prints no loss; where some loss is not a number it must show, not vanish from the mean.
-    losses = {"lm loss": _mean(interval, lambda step: step.loss)}
-    for name in interval[-1].losses:
-        losses[name] = _mean(interval, lambda step, name=name: step.losses.get(name, math.nan))
+    names = list(_by_log_name(0.0, interval[-1].losses))
+    losses = {name: _mean(interval, lambda step, name=name: _by_log_name(step.loss, step.losses).get(name, math.nan)) for name in names}
     return {name: value for name, value in losses.items() if value is not None}
+
+
+def _by_log_name(loss: float, parts: Mapping[str, float]) -> dict[str, float]:
+    """Losses by the names in Megatron's lines: the whole where it has no parts."""
+    return {_LOG_NAMES.get(name, name): value for name, value in parts.items()} or {"lm loss": loss}
 
 
 def _mean(interval: list[Step], value: Callable[[Step], float]) -> float | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from megactl.engine.collectives import exchange
 from megactl.engine.data.batch import Batch
 from megactl.engine.mesh import Mesh
-from megactl.engine.models.layers import MicroBatch
+from megactl.engine.models.layers import MicroBatch, Targets
 from megactl.engine.parallelize import Part
 from megactl.schedules import Action, Exchange, Kind, LoweredSchedule
 
@@ -37,7 +37,7 @@ class _Live:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What one step needs: this replica's micro-batches, their random keys [m, 3], the gradient of the loss sum (0-d)."""
+    """What one step needs: this replica's micro-batches, their random keys [m, 3], the gradient of the loss sums [k]."""
 
     batches: Sequence[Batch]
     rng: Tensor
@@ -53,7 +53,7 @@ class PipelineExecutor:
         self.mesh, self.hidden_size, self.dtype = mesh, hidden_size, dtype
 
     def run(self, schedule: LoweredSchedule, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """Execute one step; returns (sum of token losses, number of tokens that count), 0-d float64, zero unless on the last stage."""
+        """Execute one step; returns the model's loss sums and what each of them counts, [k] in float64, zero unless on the last stage."""
         return _Step(self, schedule, inputs).run()
 
 
@@ -69,8 +69,8 @@ class _Step:
         self.outgoing: dict[tuple, Tensor] = {}
         self.open: deque[list[tuple[Tensor, object]]] = deque()
         self.trains = any(isinstance(item, Action) and item.kind is Kind.B for item in schedule.program(self.mesh.pp.rank))
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        self.tokens = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        self.loss_sums = torch.zeros_like(inputs.loss_gradient)
+        self.loss_counts = torch.zeros_like(inputs.loss_gradient)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Walk this rank's program."""
@@ -83,7 +83,7 @@ class _Step:
                     do[item.kind](item)
         while self.open:
             self._finish_sends(self.open.popleft())
-        return self.loss, self.tokens
+        return self.loss_sums, self.loss_counts
 
     def _forward(self, action: Action) -> None:
         stage, m = action.virtual_stage, action.microbatch
@@ -93,9 +93,10 @@ class _Step:
             x.requires_grad_()
         y = part.model(x, self._micro_batch(part, m))
         if stage == self.schedule.num_stages - 1:
-            y = part.model.loss_sum(y, batch.labels, batch.loss_mask.to(torch.promote_types(self.executor.dtype, torch.float32)))
-            self.loss += y.detach()
-            self.tokens += batch.loss_mask.sum()
+            targets = targets_of(batch, torch.promote_types(self.executor.dtype, torch.float32))
+            y = part.model.loss_sums(y, targets)
+            self.loss_sums += y.detach()
+            self.loss_counts += part.model.loss_counts(targets)
         else:
             self._hand_over(action, y.detach())
         if self.trains:
@@ -104,8 +105,9 @@ class _Step:
     def _micro_batch(self, part: Part, m: int) -> MicroBatch:
         batch = self.inputs.batches[m]
         accumulate = self.trains and m != self.schedule.first_backward(part.virtual_stage)
-        mask = None if batch.segments is None else document_mask(batch.segments)
-        return MicroBatch(self.inputs.rng[m], batch.position_ids, mask, accumulate, self.inputs.dropout)
+        return MicroBatch(
+            self.inputs.rng[m], batch.position_ids, attention_mask(batch), accumulate, self.inputs.dropout, batch.token_types
+        )
 
     def _backward(self, action: Action) -> None:
         stage, m = action.virtual_stage, action.microbatch
@@ -161,6 +163,26 @@ class _Step:
     def _empty(self, m: int) -> Tensor:
         shape = (*self.inputs.batches[m].tokens.shape, self.executor.hidden_size)
         return torch.empty(shape, dtype=self.executor.dtype, device=self.mesh.device)
+
+
+def targets_of(batch: Batch, dtype: torch.dtype) -> Targets:
+    """The loss's side of a micro-batch, its mask in the loss's type."""
+    return Targets(batch.labels, batch.loss_mask.to(dtype), batch.sentence_labels)
+
+
+def attention_mask(batch: Batch) -> Tensor | None:
+    """Who may look at whom where not everybody may, made once for all layers: bool [b, 1, s or 1, s]."""
+    if batch.padding_mask is not None:
+        return padding_attention_mask(batch.padding_mask)
+    return None if batch.segments is None else document_mask(batch.segments)
+
+
+def padding_attention_mask(padding_mask: Tensor) -> Tensor:
+    """bool [b, 1, 1, s], True where there is a token to look at. padding_mask [b, s].
+
+    A sequence without any token sees all of itself: nothing comes of it, whereas a softmax over nothing is NaN.
+    """
+    return (padding_mask | ~padding_mask.any(-1, keepdim=True))[:, None, None, :]
 
 
 def document_mask(segments: Tensor) -> Tensor:

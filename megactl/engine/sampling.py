@@ -71,6 +71,9 @@ def load_model(path: Path, device: torch.device, precision: str | None = None) -
     """
     manifest = manifests.read(path)
     config = model_config(path, manifest.header)
+    if config.architecture != "gpt":
+        rule = f"holds a {config.architecture.upper()}, which fills gaps in a text and does not continue it"
+        raise CheckpointError(f"{path} {rule}", "sample from a checkpoint of --model gpt")
     precision = precision or manifest.header.precision
     if precision not in DTYPES:
         rule = f"the run's precision; sampling computes in {', '.join(DTYPES)}"

@@ -34,8 +34,10 @@ def check_fits(path: Path, header: Header, run: Run, *, optimizer: bool) -> None
     wrong = []
     for field in dataclasses.fields(Model):
         stored, wanted = header.model.get(field.name, field.default), getattr(run.model, field.name)
-        if field.name not in _FREE_SETTINGS and stored != wanted:
-            wrong.append((field.metadata["flags"][0], wanted, stored))
+        # None: a setting of the other architecture, which is named already.
+        other_family = field.name == "sentence_head" and None in (stored, wanted)
+        if field.name not in _FREE_SETTINGS and stored != wanted and not other_family:
+            wrong.append((field.metadata["flags"][0].partition("/")[0], wanted, stored))
     if wrong:
         shown = ", ".join(f"{flag} {wanted} (the checkpoint has {stored})" for flag, wanted, stored in wrong)
         instead = " ".join(_as_flag(flag, stored) for flag, _, stored in wrong)
@@ -46,7 +48,7 @@ def check_fits(path: Path, header: Header, run: Run, *, optimizer: bool) -> None
 
 def _as_flag(flag: str, value: object) -> str:
     if isinstance(value, bool):
-        return flag if value else f"no {flag}"
+        return flag if value else f"--no-{flag.removeprefix('--')}"
     return f"{flag} {value}"
 
 

@@ -111,13 +111,14 @@ class VocabParallelHead(nn.Module):
     def __init__(self, whole: VocabHead, weight: nn.Parameter, tp: Axis) -> None:
         super().__init__()
         self.tp, self.initial, self.weight, self.vocab_size = tp, whole.initial, weight, whole.vocab_size
+        self.bias = None if whole.bias is None else _shard(whole.bias, 0, tp.size)
         self.first_row = tp.rank * weight.shape[0]
         self.num_rows = max(0, min(weight.shape[0], whole.vocab_size - self.first_row))
-        self.split_dim = {"weight": 0}
+        self.split_dim = {"weight": 0, "bias": 0}
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to this rank's logits [b, s, rows / tp]."""
-        return functional.linear(x, self.weight, accumulate=micro_batch.accumulate, start_reduce=self._start_reduce)
+        return functional.linear(x, self.weight, self.bias, accumulate=micro_batch.accumulate, start_reduce=self._start_reduce)
 
     def _start_reduce(self, grad: Tensor) -> functional.Handle | None:
         return all_reduce(grad, self.tp.group, async_op=True)
@@ -147,7 +148,7 @@ def apply_tensor_parallel(model: nn.Module, tp: Axis) -> None:
 def _parallel_form(module: nn.Module, tp: Axis, sharded: dict[int, nn.Parameter]) -> nn.Module | None:
     """`sharded` maps a whole vocabulary weight to its shard, so that a tied head keeps sharing it."""
     if isinstance(module, Linear):
-        return ColumnParallelLinear(module, tp) if module.split == "column" else RowParallelLinear(module, tp)
+        return {"column": ColumnParallelLinear, "row": RowParallelLinear}[module.split](module, tp) if module.split else None
     if isinstance(module, VocabEmbedding):
         made = VocabParallelEmbedding(module, tp)
         sharded[id(module.weight)] = made.weight

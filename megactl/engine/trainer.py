@@ -304,11 +304,16 @@ class Trainer:
             return False
         if pending.ready is not None:
             pending.ready.synchronize()
-        loss, norm, skipped, stop = pending.outcome.tolist()
+        loss, norm, skipped, stop, *parts = pending.outcome.tolist()
         seconds = self._seconds_since_last(pending)
         if self.writer is not None:
-            self.writer.step(dataclasses.replace(pending.step, loss=loss, grad_norm=norm, skipped=bool(skipped), seconds=seconds))
+            found = dict(loss=loss, grad_norm=norm, skipped=bool(skipped), losses=self._named(parts), seconds=seconds)
+            self.writer.step(dataclasses.replace(pending.step, **found))
         return stop > 0
+
+    def _named(self, parts: list[float]) -> dict[str, float]:
+        """The parts of a loss by name where there are several."""
+        return dict(zip(self.engine.losses, parts, strict=True)) if len(parts) > 1 else {}
 
     def _seconds_since_last(self, pending: _Pending) -> float:
         """Seconds from the end of the step before to the end of this one, by the device's clock where it has one."""
@@ -343,9 +348,10 @@ class Trainer:
             for index in range(self.run.training.eval_iterations):
                 first = index * size
                 losses.append(self.engine.evaluate(lambda m, first=first: loader.micro_batch(first, m), count, size))
-            loss = torch.stack(losses).mean().item()
+            parts = torch.stack(losses).mean(0).tolist()
         if self.writer is not None:
-            self.writer.evaluation(self.progress.iteration, loss, seconds=time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self.writer.evaluation(self.progress.iteration, sum(parts), losses=self._named(parts), seconds=seconds)
 
     def _finish(self, stopped: bool) -> int:
         done = self.progress.iteration >= self.run.training.iterations

@@ -1,8 +1,10 @@
 """One optimizer step and one evaluation, without host synchronisation: every decision about numbers is a device tensor.
 
-The loss of a step is the sum of token losses over the global batch divided by the number of tokens that count in it, however
-they fall into micro-batches and replicas. Backward starts from 1 / (global batch x sequence length); the true number of
-tokens is known after the forward passes, and the ratio (exactly 1 without a mask) is applied with the clip factor.
+A loss is the sum of its terms (token or sentence losses) over the global batch divided by their number in it, however they fall
+into micro-batches and replicas; the loss of a step is the sum of the model's losses. With one loss backward starts from
+1 / (global batch x sequence length); the true number of tokens is known after the forward passes, and the ratio (exactly 1
+without a mask) is applied with the clip factor. With several losses one ratio cannot serve: their terms are counted first, and
+summed over the replicas, so that backward starts from the true ratios.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from megactl.engine.flat import ParameterSpec
 from megactl.engine.mesh import Mesh
 from megactl.engine.optimizer import clip_factor
 from megactl.engine.parallelize import build_part, compute_dtype, main_dtype
-from megactl.engine.pipeline import PipelineExecutor, StepInputs
+from megactl.engine.pipeline import PipelineExecutor, StepInputs, targets_of
 from megactl.schedules import LoweredSchedule, build, generate, lower, validate_lowered
 
 Batches = Callable[[int], Batch]
@@ -28,16 +30,20 @@ Batches = Callable[[int], Batch]
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step found out, equal on all ranks: 0-d float64 device tensors; `stop` > 0 where a rank was asked to stop."""
+    """What a step found out, equal on all ranks: 0-d float64 device tensors; `stop` > 0 where a rank was asked to stop.
+
+    `loss` is the sum of `parts` [k], the model's losses.
+    """
 
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
     stop: Tensor
+    parts: Tensor
 
     def packed(self) -> Tensor:
-        """All of it as one tensor [4], for one copy to the host."""
-        return torch.stack([self.loss, self.grad_norm, self.skipped, self.stop])
+        """All of it as one tensor [4 + k], for one copy to the host."""
+        return torch.cat([torch.stack([self.loss, self.grad_norm, self.skipped, self.stop]), self.parts])
 
 
 class TrainingStep:
@@ -68,45 +74,60 @@ class TrainingStep:
         self._seed_torch(iteration)
         count = global_batch_size // (self.run.training.micro_batch_size * self.mesh.dp.size)
         inputs = self._inputs(iteration, batches, count, global_batch_size)
-        loss_sum, tokens = self.executor.run(self._schedule(self.run.parallel.schedule, count), inputs)
+        sums, counts = self.executor.run(self._schedule(self.run.parallel.schedule, count), inputs)
         self.part.reducer.wait()
         self.part.optimizer.reduce_tied()
-        totals = self._totals(loss_sum, tokens, stop)
+        totals = self._totals(sums, counts, stop)
         return self._update(totals, global_batch_size, learning_rate)
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the model's losses, in the order of `StepOutcome.parts`."""
+        return self.part.model.losses
 
     @property
     def _reports_loss(self) -> float:
         """1 on the ranks whose loss counts: tensor-parallel ranks of the last stage all see the same one, so one of them reports it."""
         return float(self.mesh.tp.rank == 0 and self.mesh.is_last_stage)
 
-    def _totals(self, loss_sum: Tensor, tokens: Tensor, stop: float) -> Tensor:
-        """[squared norm, loss sum, tokens, stop] over all ranks, in one reduction."""
-        reports = self._reports_loss
-        stop_flag = self._scalar(stop, torch.float64)
-        totals = torch.stack([self.part.optimizer.norm_squared(), loss_sum * reports, tokens * reports, stop_flag])
+    def _totals(self, sums: Tensor, counts: Tensor, stop: float) -> Tensor:
+        """[squared norm, stop, k loss sums, k counts] over all ranks, in one reduction."""
+        numbers = torch.stack([self.part.optimizer.norm_squared(), self._scalar(stop, torch.float64)])
+        totals = torch.cat([numbers, sums * self._reports_loss, counts * self._reports_loss])
         if self.mesh.world_size > 1:
             all_reduce(totals, None)
         return totals
 
     def _update(self, totals: Tensor, global_batch_size: int, learning_rate: float) -> StepOutcome:
-        squared, loss_sum, tokens, stop = totals
-        tokens = tokens.clamp(min=1.0)
-        self._normaliser = global_batch_size * self.run.training.seq_length / tokens
+        squared, stop = totals[:2]
+        sums, counts = totals[2:].view(2, -1)
+        counts = counts.clamp(min=1.0)
+        if len(counts) == 1:
+            self._normaliser = global_batch_size * self.run.training.seq_length / counts[0]
         norm = squared.sqrt() * self._normaliser
         skip = (~torch.isfinite(norm)).to(self._one.dtype)
         scale = (self._normaliser * clip_factor(norm, self.run.optimizer.clip_grad)).to(self._one.dtype)
         self._lr.fill_(learning_rate)
         self._adam_step.add_(1.0 - skip)
         self.part.optimizer.step(lr=self._lr, step=self._adam_step, grad_scale=scale, skip=skip)
-        return StepOutcome(loss_sum / tokens, norm, skip.double(), stop)
+        parts = sums / counts
+        return StepOutcome(parts.sum(), norm, skip.double(), stop, parts)
 
     def _inputs(self, iteration: int, batches: Batches, count: int, global_batch_size: int, dropout: bool = True) -> StepInputs:
         seed, size, dp = self.run.training.seed, self.run.training.micro_batch_size, self.mesh.dp
         keys = [[seed, iteration, (index * dp.size + dp.rank) * size] for index in range(count)]
         rng = torch.tensor(keys, dtype=torch.int64).to(self.mesh.device, non_blocking=True)
-        gradient = self._scalar(1.0 / (global_batch_size * self.run.training.seq_length), torch.float64)
         held = [batches(index).to(self.mesh.device) for index in range(count)]
-        return StepInputs(held, rng, gradient, dropout)
+        return StepInputs(held, rng, self._loss_gradient(held, global_batch_size), dropout)
+
+    def _loss_gradient(self, held: list[Batch], global_batch_size: int) -> Tensor:
+        """What backward starts from, [k] in float64: for each loss 1 / its terms in the global batch, or its bound where there is one loss."""
+        if len(self.losses) == 1:
+            return self._scalar(1.0 / (global_batch_size * self.run.training.seq_length), torch.float64).unsqueeze(0)
+        counts = sum(self.part.model.loss_counts(targets_of(batch, torch.float64)) for batch in held)
+        if self.mesh.dp.size > 1:
+            all_reduce(counts, self.mesh.dp.group)
+        return 1.0 / counts.clamp(min=1.0)
 
     def _seed_torch(self, iteration: int) -> None:
         # Only dropout inside a fused attention kernel draws from torch's generator. Seeding it by step and place, not by history,
@@ -128,9 +149,9 @@ class TrainingStep:
         return self._schedules[key]
 
     def evaluate(self, batches: Batches, count: int, global_batch_size: int) -> Tensor:
-        """Mean token loss over `count` micro-batches a replica, without dropout; 0-d float64, equal on all ranks."""
-        loss_sum, tokens = self.executor.run(self._schedule("forward", count), self._inputs(0, batches, count, global_batch_size, False))
-        totals = torch.stack([loss_sum, tokens]) * self._reports_loss
+        """Each of `losses` over `count` micro-batches a replica, without dropout; [k] in float64, equal on all ranks."""
+        sums, counts = self.executor.run(self._schedule("forward", count), self._inputs(0, batches, count, global_batch_size, False))
+        totals = torch.stack([sums, counts]) * self._reports_loss
         if self.mesh.world_size > 1:
             all_reduce(totals, None)
         return totals[0] / totals[1].clamp(min=1.0)

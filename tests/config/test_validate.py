@@ -86,6 +86,7 @@ RULES = [
         2,
         "INCREMENT 1 of --rampup-batch-size '2 1 100': must be a multiple of",
     ),
+    (["model.sentence_head=false"], 1, "--no-sentence-head with --model gpt (preset gpt-tiny): only BERT is trained on sentence pairs"),
     (["checkpoint.load_weights=true"], 1, "--load-weights: says what to take from --load"),
     (["checkpoint.load=x", "checkpoint.resume=must", "logging.run_dir=r"], 1, "--load x with --resume must: a run either starts"),
     (["checkpoint.resume=must"], 1, "without --run-dir the run directory is new"),
@@ -221,6 +222,7 @@ def test_derived_values_and_reasons():
 
 
 NEVER_FILLED = {
+    "model.sentence_head",
     "training.rampup_batch_size",
     "data.data",
     "data.tokenizer",
@@ -235,6 +237,13 @@ NEVER_FILLED = {
 def test_nothing_is_left_open():
     run = resolved(run_dir="runs/x").run
     assert {name for name, setting in all_settings().items() if setting.read(run) is None} == NEVER_FILLED
+
+
+def test_bert_has_a_sentence_head_unless_it_is_taken_away():
+    answer = resolved(preset="bert-tiny")
+    assert answer.run.model.sentence_head is True
+    assert [item.reason for item in answer.derived if item.key == "model.sentence_head"] == ["BERT is trained on sentence pairs as well"]
+    assert resolved("model.sentence_head=false", preset="bert-tiny").run.model.sentence_head is False
 
 
 def test_resolving_twice_changes_nothing():

@@ -138,11 +138,24 @@ def test_a_mean_without_any_number_shows_nan():
     assert (fields["lm loss"], fields["number of nan iterations"]) == ("nan", "1")
 
 
-def test_further_losses_have_their_own_field(tmp_path):
+def test_the_parts_of_a_loss_have_their_own_fields(tmp_path):
+    """Megatron prints BERT's two losses and not their sum; the records hold all three."""
     made, console = writer(tmp_path)
-    made.step(step(1, losses={"sop loss": 0.5}))
-    assert fields_of(console.getvalue().splitlines()[0])["sop loss"] == "5.000000E-01"
-    assert lines_of(tmp_path)[0]["sop loss"] == 0.5
+    made.step(step(1, loss=4.75, losses={"lm_loss": 4.25, "sentence_loss": 0.5}))
+    fields = fields_of(console.getvalue().splitlines()[0])
+    assert (fields["lm loss"], fields["sop loss"]) == ("4.250000E+00", "5.000000E-01")
+    assert {"loss": 4.75, "lm_loss": 4.25, "sentence_loss": 0.5}.items() <= lines_of(tmp_path)[0].items()
+
+
+def test_the_parts_of_a_validation_loss(tmp_path):
+    made, console = writer(tmp_path)
+    made.evaluation(10, 2.6, losses={"lm_loss": 2.1, "sentence_loss": 0.5})
+    line = console.getvalue().splitlines()[1]
+    assert line.endswith("| lm loss value: 2.100000E+00 | lm loss PPL: 8.166170E+00 | sop loss value: 5.000000E-01 | sop loss PPL: 1.648721E+00 | ")
+    (record,) = lines_of(tmp_path)
+    assert record.pop("ppl") == math.exp(2.1)
+    expected = {"kind": "eval", "iteration": 10, "name": "validation", "loss": 2.6, "lm_loss": 2.1, "sentence_loss": 0.5, "seconds": None}
+    assert record == expected
 
 
 def test_lines_come_at_the_first_every_interval_and_the_last_iteration(tmp_path):

@@ -23,7 +23,8 @@ class MicroBatch:
 
     rng: int64 [3] on the device: seed, step, index of the first sample within the global batch. accumulate: whether
     backward adds to the gradient buffer (False in the first backward of a step). dropout: off in evaluation.
-    position_ids [b, s]; attention_mask bool [b, 1, s, s] (True: may look), or None for plain causal attention.
+    position_ids [b, s]; attention_mask bool [b, 1, s or 1, s] (True: may look), or None where every token sees all that its model
+    lets it see. token_types int64 [b, s], for encoders.
     """
 
     rng: Tensor
@@ -31,6 +32,19 @@ class MicroBatch:
     attention_mask: Tensor | None = None
     accumulate: bool = False
     dropout: bool = True
+    token_types: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a model's losses are computed against.
+
+    labels int64 [b, s]; mask [b, s], 0 where a label does not count; sentence_labels int64 [b], for models with a sentence head.
+    """
+
+    labels: Tensor
+    mask: Tensor
+    sentence_labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,9 +57,12 @@ class Initial:
 
 Split = Literal["column", "row", "vocab"] | None
 
+# The setting's word to torch's.
+GELU = {"tanh": "tanh", "erf": "none"}
+
 
 class Linear(nn.Module):
-    """y = x W^T + b. split 'column' divides the outputs over ranks, 'row' the inputs."""
+    """y = x W^T + b. split 'column' divides the outputs over ranks, 'row' the inputs; None: whole on every rank."""
 
     def __init__(self, in_features: int, out_features: int, *, split: Split, std: float) -> None:
         super().__init__()
@@ -91,17 +108,17 @@ class VocabEmbedding(nn.Module):
         return functional.embedding(tokens, self.weight, accumulate=micro_batch.accumulate or self.add_to_head)
 
 
-class PositionEmbedding(nn.Module):
-    """Learned positions."""
+class WholeEmbedding(nn.Module):
+    """Ids to learned vectors, of a table that every rank holds whole: positions, token types."""
 
-    def __init__(self, positions: int, hidden: int, std: float) -> None:
+    def __init__(self, rows: int, hidden: int, std: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(positions, hidden))
+        self.weight = nn.Parameter(torch.empty(rows, hidden))
         self.initial = {"weight": Initial(std=std)}
 
-    def forward(self, position_ids: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """position_ids [b, s] to [b, s, h]."""
-        return functional.embedding(position_ids, self.weight, accumulate=micro_batch.accumulate)
+    def forward(self, ids: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """ids [b, s] to [b, s, h]."""
+        return functional.embedding(ids, self.weight, accumulate=micro_batch.accumulate)
 
 
 class VocabHead(nn.Module):
@@ -109,15 +126,16 @@ class VocabHead(nn.Module):
 
     split: Split = "vocab"
 
-    def __init__(self, vocab_size: int, weight: nn.Parameter, std: float) -> None:
+    def __init__(self, vocab_size: int, weight: nn.Parameter, std: float, *, bias: bool = False) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.weight = weight
-        self.initial = {"weight": Initial(std=std)}
+        self.bias = nn.Parameter(torch.empty(weight.shape[0])) if bias else None
+        self.initial = {"weight": Initial(std=std), **({"bias": Initial()} if bias else {})}
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to logits [b, s, rows]."""
-        return functional.linear(x, self.weight, accumulate=micro_batch.accumulate)
+        return functional.linear(x, self.weight, self.bias, accumulate=micro_batch.accumulate)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Sum of the masked cross entropies, 0-d."""
@@ -142,13 +160,14 @@ class CoreAttention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V on the heads at hand; holds no weights.
 
     `first_head` and `num_heads` place them among all heads, so that dropout draws the same numbers however heads are split.
+    causal: a token sees those before it and itself; otherwise all. A mask of the micro-batch stands in place of that rule.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, dropout: float, implementation: str, site: int) -> None:
+    def __init__(self, num_heads: int, head_dim: int, dropout: float, implementation: str, site: int, causal: bool = True) -> None:
         super().__init__()
         self.num_heads, self.first_head = num_heads, 0
         self.scale, self.dropout, self.site = 1.0 / math.sqrt(head_dim), dropout, site
-        self.implementation = implementation
+        self.implementation, self.causal = implementation, causal
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, micro_batch: MicroBatch) -> Tensor:
         """q, k, v [b, n, s, d] to [b, n, s, d]."""
@@ -157,17 +176,18 @@ class CoreAttention(nn.Module):
         if self.implementation == "sdpa" or (self.implementation == "auto" and dropout == 0.0):
             mask = micro_batch.attention_mask
             return nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=self.scale
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=self.causal and mask is None, scale=self.scale
             )
         return self._unfused(q, k, v, dropout, micro_batch)
 
     def _unfused(self, q: Tensor, k: Tensor, v: Tensor, dropout: float, micro_batch: MicroBatch) -> Tensor:
         s = q.shape[-2]
         allowed = micro_batch.attention_mask
-        if allowed is None:
+        if allowed is None and self.causal:
             allowed = torch.ones(s, s, dtype=torch.bool, device=q.device).tril_()
         scores = (q @ k.transpose(-1, -2)) * self.scale
-        scores = scores.masked_fill(~allowed, float("-inf"))
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
         probabilities = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         if dropout:
             probabilities = ops.dropout_add(
@@ -179,11 +199,14 @@ class CoreAttention(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention. The rows of qkv are ordered head by head (q, k, v of head 0, then of head 1, ...)."""
 
-    def __init__(self, hidden: int, num_heads: int, *, dropout: float, implementation: str, std: float, output_std: float, site: int):
+    def __init__(
+        self, hidden: int, num_heads: int, *,
+        dropout: float, implementation: str, std: float, output_std: float, site: int, causal: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.head_dim = hidden // num_heads
         self.qkv = Linear(hidden, 3 * hidden, split="column", std=std)
-        self.core = CoreAttention(num_heads, self.head_dim, dropout, implementation, site)
+        self.core = CoreAttention(num_heads, self.head_dim, dropout, implementation, site, causal)
         self.output = Linear(hidden, hidden, split="row", std=output_std)
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
@@ -200,7 +223,7 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, ffn: int, *, gelu: str, std: float, output_std: float) -> None:
         super().__init__()
-        self.approximate = "tanh" if gelu == "tanh" else "none"
+        self.approximate = GELU[gelu]
         self.up = Linear(hidden, ffn, split="column", std=std)
         self.down = Linear(ffn, hidden, split="row", std=output_std)
 
