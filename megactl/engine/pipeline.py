@@ -105,9 +105,7 @@ class _Step:
     def _micro_batch(self, part: Part, m: int) -> MicroBatch:
         batch = self.inputs.batches[m]
         accumulate = self.trains and m != self.schedule.first_backward(part.virtual_stage)
-        return MicroBatch(
-            self.inputs.rng[m], batch.position_ids, attention_mask(batch), accumulate, self.inputs.dropout, batch.token_types
-        )
+        return MicroBatch(self.inputs.rng[m], batch.position_ids, attention_mask(batch), accumulate, self.inputs.dropout, batch.token_types)
 
     def _backward(self, action: Action) -> None:
         stage, m = action.virtual_stage, action.microbatch

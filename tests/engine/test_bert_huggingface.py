@@ -49,7 +49,13 @@ NORMS = {
     "bert": {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"},
     "megatron-bert": {"attention_norm": "attention.ln", "mlp_norm": "ln"},
 }
-GPT_BLOCK = {"attention.output": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj", "attention_norm": "ln_1", "mlp_norm": "ln_2"}
+GPT_BLOCK = {
+    "attention.output": "attn.c_proj",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+    "attention_norm": "ln_1",
+    "mlp_norm": "ln_2",
+}
 
 
 def their_tensor(kind, name, found, prefix):

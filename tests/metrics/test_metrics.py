@@ -151,7 +151,9 @@ def test_the_parts_of_a_validation_loss(tmp_path):
     made, console = writer(tmp_path)
     made.evaluation(10, 2.6, losses={"lm_loss": 2.1, "sentence_loss": 0.5})
     line = console.getvalue().splitlines()[1]
-    assert line.endswith("| lm loss value: 2.100000E+00 | lm loss PPL: 8.166170E+00 | sop loss value: 5.000000E-01 | sop loss PPL: 1.648721E+00 | ")
+    assert line.endswith(
+        "| lm loss value: 2.100000E+00 | lm loss PPL: 8.166170E+00 | sop loss value: 5.000000E-01 | sop loss PPL: 1.648721E+00 | "
+    )
     (record,) = lines_of(tmp_path)
     assert record.pop("ppl") == math.exp(2.1)
     expected = {"kind": "eval", "iteration": 10, "name": "validation", "loss": 2.6, "lm_loss": 2.1, "sentence_loss": 0.5, "seconds": None}

@@ -35,7 +35,7 @@ class Case:
     """One run. `bucket` is in parameters: 2000 makes several buckets a rank; `clip` 0 turns clipping off.
 
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
-    gradients are not finite.
+    gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's.
     """
 
     tp: int = 1
@@ -56,6 +56,10 @@ class Case:
     attention: str = "auto"
     precision: str = "fp64"
     seed: int = 4321
+    model: str = "gpt"
+    norm: str = "pre"
+    sentence: bool = True
+    padding: bool = True
 
     @property
     def world_size(self) -> int:
@@ -87,7 +91,7 @@ class Case:
             ),
             # In fp32 a large epsilon: where a gradient is zero but for rounding (the key's bias), a small one divides noise by noise.
             optimizer=Optimizer(clip_grad=self.clip, weight_decay=0.1, epsilon=1e-8 if self.precision == "fp64" else 1e-4),
-            data=Data(
+            data=Data(mock_data=True) if self.model == "bert" else Data(
                 mock_data=True, eod_mask_loss=self.documents != "plain", reset_position_ids=self.documents == "reset",
                 reset_attention_mask=self.documents == "reset",
             ),
@@ -100,7 +104,8 @@ class Case:
         return Model(
             num_layers=layers, hidden_size=32, num_heads=8, ffn_size=64, vocab_size=VOCAB_SIZE, max_positions=SEQ_LENGTH,
             untie_embeddings=not self.tied, hidden_dropout=self.dropout, attention_dropout=self.dropout, init_std=0.2,
-            gelu=self.gelu, attention=self.attention,
+            gelu=self.gelu, attention=self.attention, architecture=self.model, norm_position=self.norm,
+            sentence_head=self.sentence if self.model == "bert" else None,
         )  # fmt: skip
 
 
@@ -110,7 +115,7 @@ def layouts(world_size: int) -> list[tuple[int, int, int]]:
     return [(tp, pp, dp) for tp, pp, dp in itertools.product(powers, repeat=3) if tp * pp * dp == world_size]
 
 
-def main_factors(pp: int, dp: int) -> dict[str, list]:
+def main_factors(pp: int, dp: int, model: str = "gpt") -> dict[str, list]:
     """What is crossed in full. Factors without meaning for the layout have one value."""
     fewer_same_more = sorted({1, pp, pp + 1} | ({pp - 1} if pp > 2 else set())) if pp > 1 else [1, 3]
     return {
@@ -119,13 +124,15 @@ def main_factors(pp: int, dp: int) -> dict[str, list]:
         "zero": [0, 1] if dp > 1 else [0],
         "micro_batches": fewer_same_more,
         "schedule": ["1f1b", "gpipe"] if pp > 1 else ["1f1b"],
+        **({"norm": ["pre", "post"], "padding": [True, False]} if model == "bert" else {}),
     }
 
 
-def other_factors(dp: int) -> dict[str, list]:
+def other_factors(dp: int, model: str = "gpt") -> dict[str, list]:
     """What is mixed in. One bucket size is far above the model: one bucket; bucket 1 closes one after each unit."""
+    own = {"sentence": [True, False]} if model == "bert" else {"documents": ["eod", "reset", "plain"], "norm": ["pre", "post"]}
     return {
-        "documents": ["eod", "reset", "plain"],
+        **own,
         "overlap": [True, False] if dp > 1 else [True],
         "bucket": [2000, 1, 40_000_000] if dp > 1 else [2000],
         "clip": [0.5, 0.0],
@@ -134,30 +141,30 @@ def other_factors(dp: int) -> dict[str, list]:
     }
 
 
-def full(world_size: int) -> Iterator[Case]:
+def full(world_size: int, model: str = "gpt") -> Iterator[Case]:
     """Every layout x every combination of the main factors; the others take values by chance (the same ones in every run)."""
     for tp, pp, dp in layouts(world_size):
-        main, other, generator = main_factors(pp, dp), other_factors(dp), random.Random(tp * 64 + pp * 8 + dp)
+        main, other, generator = main_factors(pp, dp, model), other_factors(dp, model), random.Random(tp * 64 + pp * 8 + dp)
         for values in itertools.product(*main.values()):
             mixed = {name: generator.choice(choices) for name, choices in other.items()}
-            yield Case(tp=tp, pp=pp, dp=dp, **dict(zip(main, values, strict=True)), **mixed)
+            yield Case(tp=tp, pp=pp, dp=dp, model=model, **dict(zip(main, values, strict=True)), **mixed)
 
 
-def pairwise(world_size: int) -> Iterator[Case]:
+def pairwise(world_size: int, model: str = "gpt") -> Iterator[Case]:
     """Every layout x every pair of values of two factors, in few cases."""
-    return (case for layout in layouts(world_size) for case in of_layout(layout, pairwise_rows))
+    return (case for layout in layouts(world_size) for case in of_layout(layout, pairwise_rows, model))
 
 
-def each_value(world_size: int) -> Iterator[Case]:
+def each_value(world_size: int, model: str = "gpt") -> Iterator[Case]:
     """Every layout x every value of every factor, in as few cases as the longest factor has values."""
-    return (case for layout in layouts(world_size) for case in of_layout(layout, each_value_rows))
+    return (case for layout in layouts(world_size) for case in of_layout(layout, each_value_rows, model))
 
 
-def of_layout(layout: tuple[int, int, int], rows: Callable[..., list[dict]]) -> Iterator[Case]:
+def of_layout(layout: tuple[int, int, int], rows: Callable[..., list[dict]], model: str = "gpt") -> Iterator[Case]:
     """The cases of one layout that `rows` picks."""
     tp, pp, dp = layout
-    for row in rows(main_factors(pp, dp) | other_factors(dp), seed=tp * 64 + pp * 8 + dp):
-        yield Case(tp=tp, pp=pp, dp=dp, **row)
+    for row in rows(main_factors(pp, dp, model) | other_factors(dp, model), seed=tp * 64 + pp * 8 + dp):
+        yield Case(tp=tp, pp=pp, dp=dp, model=model, **row)
 
 
 def each_value_rows(factors: Mapping[str, Sequence], *, seed: int) -> list[dict]:

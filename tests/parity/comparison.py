@@ -19,13 +19,14 @@ def deviations(results: Sequence[RankResult], reference: Trajectory, tolerance: 
     found: list[str] = []
     for rank, result in enumerate(results):
         found += _numbers(f"loss on rank {rank}", result.losses, reference.losses, tolerance)
+        found += _numbers(f"parts of the loss on rank {rank}", sum(result.parts, ()), sum(reference.parts, ()), tolerance)
         norms = [math.inf if step in overflows else norm for step, norm in enumerate(reference.norms, 1)]
         found += _numbers(f"norm on rank {rank}", result.norms, norms, tolerance)
-        found += _numbers(f"evaluation on rank {rank}", [result.eval_loss], [reference.eval_loss], tolerance)
+        found += _numbers(f"evaluation on rank {rank}", result.eval_losses, reference.eval_losses, tolerance)
         skipped = {step for step, flag in enumerate(result.skipped, 1) if flag}
         found += [] if skipped == overflows else [f"skipped on rank {rank}: {sorted(skipped)} instead of {sorted(overflows)}"]
         # Equal bits, not only equal within the tolerance: ranks decide by these numbers, and must decide alike.
-        same = (result.losses, result.norms) == (results[0].losses, results[0].norms)
+        same = (result.losses, result.parts, result.norms) == (results[0].losses, results[0].parts, results[0].norms)
         found += [] if same else [f"unequal losses or norms on ranks 0 and {rank}"]
     for step, arrays in enumerate(reference.gradients):
         found += _tensors(f"gradient in step {step + 1}", [r.gradients[step] for r in results], arrays, tolerance)
@@ -70,7 +71,7 @@ def differing_bits(one: Sequence[RankResult], two: Sequence[RankResult]) -> list
     """Where two runs of one layout are not equal bit for bit; empty where they are."""
     found = []
     for rank, (a, b) in enumerate(zip(one, two, strict=True)):
-        if (a.losses, a.norms, a.skipped, a.eval_loss) != (b.losses, b.norms, b.skipped, b.eval_loss):
+        if (a.losses, a.parts, a.norms, a.skipped, a.eval_losses) != (b.losses, b.parts, b.norms, b.skipped, b.eval_losses):
             found.append(f"losses or norms on rank {rank}: {a.losses}, {a.norms} and {b.losses}, {b.norms}")
         for left, right in zip((*a.gradients, a.weights), (*b.gradients, b.weights), strict=True):
             found += [f"{name} on rank {rank}" for name in left if left[name].values.tobytes() != right[name].values.tobytes()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,13 @@ import torch
 
 from megactl.config.schema import Run
 from megactl.engine.data import BatchLoader
+from megactl.engine.data.batch import Batch
 from megactl.engine.flat import ParameterSpec
 from megactl.engine.mesh import Mesh
 from megactl.engine.training_step import TrainingStep
 from megactl.engine.zero import ShardedOptimizer
 from parity.cases import Plan
-from parity.corpus import EOD, Corpus
+from parity.corpus import EOD, Corpus, PairCorpus
 from parity.mutations import MUTATIONS
 from parity.pool import Worker
 
@@ -41,42 +42,54 @@ class RankResult:
     """What one rank saw. `facts` are sizes and types of its buffers."""
 
     losses: tuple[float, ...]
+    parts: tuple[tuple[float, ...], ...]
     norms: tuple[float, ...]
     skipped: tuple[float, ...]
     gradients: tuple[Pieces, ...]
     weights: Pieces
-    eval_loss: float
+    eval_losses: tuple[float, ...]
     facts: dict[str, object]
 
 
-def train(worker: Worker, run: Run, corpus: Corpus, plan: Plan, mutation: str | None = None, ops: str | None = None) -> RankResult:
+def train(
+    worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan, mutation: str | None = None, ops: str | None = None
+) -> RankResult:
     """The engine's counterpart of `reference.train_reference`. `mutation` names a fault to build in, `ops` sets MEGACTL_OPS."""
     fault = MUTATIONS[mutation].fault() if mutation else nullcontext()
     with fault, mock.patch.dict(os.environ, {} if ops is None else {"MEGACTL_OPS": ops}):
         return _train(worker, run, corpus, plan)
 
 
-def _train(worker: Worker, run: Run, corpus: Corpus, plan: Plan) -> RankResult:
+def _train(worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan) -> RankResult:
     mesh = worker.mesh(run.parallel)
     engine = TrainingStep(run, mesh)
-    options = run.data
-    loader = BatchLoader(
-        corpus, run.training.micro_batch_size, mesh.dp.rank, mesh.dp.size, eod=EOD, reset_position_ids=options.reset_position_ids,
-        reset_attention_mask=options.reset_attention_mask, eod_mask_loss=options.eod_mask_loss,
-    )  # fmt: skip
+    micro_batch = _source(run, corpus, mesh)
     outcomes, gradients = [], []
     for iteration, start, size, rate in plan.steps():
-        batches = partial(loader.micro_batch, start)
+        batches = partial(micro_batch, start)
         with _overflow(mesh) if iteration in plan.overflows else nullcontext():
             outcomes.append(engine.step(iteration, batches, global_batch_size=size, learning_rate=rate))
         gradients.append(_pieces(engine.gradients()))
     weights = _pieces(engine.weights())
     micro_batches = size // (run.training.micro_batch_size * mesh.dp.size)
-    last = engine.evaluate(batches, micro_batches, size)
+    last = engine.evaluate(batches, micro_batches, size).tolist()
     numbers = {name: tuple(getattr(o, name).item() for o in outcomes) for name in ("loss", "grad_norm", "skipped")}
+    parts = tuple(tuple(o.parts.tolist()) for o in outcomes)
     return RankResult(
-        numbers["loss"], numbers["grad_norm"], numbers["skipped"], tuple(gradients), weights, last.item(), _facts(engine)
+        numbers["loss"], parts, numbers["grad_norm"], numbers["skipped"], tuple(gradients), weights, tuple(last), _facts(engine)
+    )
+
+
+def _source(run: Run, corpus: Corpus | PairCorpus, mesh: Mesh) -> Callable[[int, int], Batch]:
+    """(samples consumed, index) -> this replica's micro-batch."""
+    options, size, dp = run.data, run.training.micro_batch_size, mesh.dp
+    if isinstance(corpus, PairCorpus):
+        return lambda start, index: corpus.batch(start + (index * dp.size + dp.rank) * size, size)
+    loader = BatchLoader(
+        corpus, size, dp.rank, dp.size, eod=EOD, reset_position_ids=options.reset_position_ids,
+        reset_attention_mask=options.reset_attention_mask, eod_mask_loss=options.eod_mask_loss,
     )  # fmt: skip
+    return loader.micro_batch
 
 
 @contextmanager

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from unittest import mock
 
-from torch import Tensor
+from torch import Tensor, zeros_like
 
-from megactl.engine import data_parallel, flat, parallelize, pipeline, tensor_parallel, training_step, zero
-from megactl.engine.models import gpt
+from megactl.engine import data_parallel, flat, functional, parallelize, pipeline, tensor_parallel, training_step, zero
+from megactl.engine.collectives import all_reduce
+from megactl.engine.models import transformer
+from megactl.engine.models.layers import Linear
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _head_zero(original: Callable) -> Callable:
 
 def _sites_of_the_stage(original: Callable) -> Callable:
     """Layers that number their dropouts within their stage, of two layers each."""
-    return lambda config, index: original(config, index % 2)
+    return lambda config, index, **options: original(config, index % 2, **options)
 
 
 def _own_samples(original: Callable) -> Callable:
@@ -116,7 +118,60 @@ def _padding_in_softmax(original: Callable) -> Callable:
     return mutated
 
 
-MUTATIONS = {
+def _one_token_type(original: Callable) -> Callable:
+    def mutated(self, *arguments):
+        made = original(self, *arguments)
+        return replace(made, token_types=zeros_like(made.token_types))
+
+    return mutated
+
+
+def _own_counts(original: Callable) -> Callable:
+    """Terms of the losses counted in this replica alone, as a mean over replicas of their means would."""
+
+    def mutated(self, held, size):
+        with mock.patch.object(training_step, "all_reduce", lambda counts, group: counts.mul_(self.mesh.dp.size)):
+            return original(self, held, size)
+
+    return mutated
+
+
+def _tokens_count_sentences(original: Callable) -> Callable:
+    """One ratio for both losses."""
+    return lambda self, *arguments: original(self, *arguments)[:1].expand(2)
+
+
+def _whole_bias(original: Callable) -> Callable:
+    def mutated(self, *arguments):
+        original(self, *arguments)
+        del self.split_dim["bias"]
+
+    return mutated
+
+
+def _sentence_head_counted(original: Callable) -> Callable:
+    def mutated(*arguments):
+        spec = original(*arguments)
+        return replace(spec, counted=True) if ".sentence." in spec.name else spec
+
+    return mutated
+
+
+def _summed_whole_linears(original: Callable) -> Callable:
+    """Layers that every rank holds whole, with the reduction of the input gradient that divided ones need."""
+
+    def mutated(module, tp, sharded):
+        if isinstance(module, Linear) and module.split is None:
+            module.forward = lambda x, micro_batch: functional.linear(
+                x, module.weight, module.bias, accumulate=micro_batch.accumulate,
+                start_reduce=lambda grad: all_reduce(grad, tp.group, async_op=True),
+            )  # fmt: skip
+        return original(module, tp, sharded)
+
+    return mutated
+
+
+_GPT_MUTATIONS = {
     "tied gradients are not summed": Mutation(
         _patched(zero.ShardedOptimizer, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
     ),
@@ -142,7 +197,7 @@ MUTATIONS = {
         _patched(parallelize, "apply_tensor_parallel", _head_zero), (2, 1, 1), "loss on rank 0, step 1", {"dropout": 0.1}
     ),
     "dropout sites are numbered within the stage": Mutation(
-        _patched(gpt, "Block", _sites_of_the_stage), (1, 2, 1), "loss on rank 0, step 1", {"dropout": 0.1}
+        _patched(transformer, "Block", _sites_of_the_stage), (1, 2, 1), "loss on rank 0, step 1", {"dropout": 0.1}
     ),
     "dropout keys do not know the replica": Mutation(
         _patched(training_step.TrainingStep, "_inputs", _own_samples), (1, 1, 2), "loss on rank 0, step 1", {"dropout": 0.1}
@@ -165,7 +220,34 @@ MUTATIONS = {
         _patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True}
     ),
     "masked tokens count in the mean": Mutation(
-        _patched(training_step.TrainingStep, "_totals", _total(2, _all_labels)), (1, 1, 2), "gradient in step 1", {"documents": "eod"}
+        _patched(training_step.TrainingStep, "_totals", _total(3, _all_labels)), (1, 1, 2), "gradient in step 1", {"documents": "eod"}
     ),
     "biases and norms decay": Mutation(_patched(flat, "_spec", _changed(decay=True)), (1, 1, 2), "weight"),
 }
+
+_BERT_MUTATIONS = {
+    "padding is looked at": Mutation(
+        _patched(pipeline, "attention_mask", _nothing), (1, 1, 2), "parts of the loss on rank 1, step 1", {"padding": True}
+    ),
+    "one token type": Mutation(_patched(pipeline._Step, "_micro_batch", _one_token_type), (1, 2, 1), "loss on rank 0, step 1"),
+    "each replica divides by its own tokens": Mutation(
+        _patched(training_step.TrainingStep, "_loss_gradient", _own_counts), (1, 1, 2), "gradient in step 1"
+    ),
+    "the sentence loss is divided by tokens": Mutation(
+        _patched(training_step.TrainingStep, "_loss_gradient", _tokens_count_sentences), (1, 2, 1), "gradient in step 1 head.sentence"
+    ),
+    "the vocabulary's bias is whole on each rank": Mutation(
+        _patched(tensor_parallel.VocabParallelHead, "__init__", _whole_bias), (2, 1, 1), "gradient in step 1 head.decoder.bias on rank 1"
+    ),
+    "the sentence head is counted by each rank": Mutation(
+        _patched(flat, "_spec", _sentence_head_counted), (2, 1, 1), "norm on rank 0, step 1"
+    ),
+    "input gradients of whole layers are summed": Mutation(
+        _patched(tensor_parallel, "_parallel_form", _summed_whole_linears), (2, 1, 1), "gradient in step 1 layers.1"
+    ),
+    "BERT's tied gradients are not summed": Mutation(
+        _patched(zero.ShardedOptimizer, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
+    ),
+}
+
+MUTATIONS = _GPT_MUTATIONS | {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}

@@ -24,6 +24,8 @@ SPREAD = [
     Case(tp=2, pp=2, documents="reset", schedule="gpipe"),
     Case(pp=2, dp=2, zero=1, dropout=0.1, documents="eod"),
     Case(tp=2, dp=2, zero=1, clip=0.0),
+    Case(tp=2, pp=2, dropout=0.1, model="bert"),
+    Case(pp=2, dp=2, zero=1, norm="post", model="bert"),
 ]
 
 

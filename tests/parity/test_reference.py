@@ -12,7 +12,7 @@ from megactl.engine.models.layers import MicroBatch
 from parity.cases import MICRO_BATCH, Case, with_settings
 from parity.corpus import EOD, Corpus
 from parity.harness import Parity
-from parity.reference import batch_loss, build_model, canonical_parameters, same_document, torch_arithmetic
+from parity.reference import batch_losses, build_model, canonical_parameters, same_document, torch_arithmetic
 
 CASE = Case(micro_batches=3, dropout=0.1, documents="eod")
 
@@ -21,7 +21,7 @@ def test_one_forward_of_the_batch_is_the_sum_of_its_micro_batches():
     run, corpus = CASE.run(), Corpus(64)
     model = build_model(run.model, run.training.seed)
     with torch_arithmetic():
-        whole = batch_loss(model, run, corpus, iteration=2, start=6, size=6)
+        whole = batch_losses(model, run, corpus, iteration=2, start=6, size=6)
         total, count = 0.0, 0.0
         for index in range(3):
             first = index * MICRO_BATCH

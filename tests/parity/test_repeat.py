@@ -15,6 +15,7 @@ REPEATED = [
     Case(tp=2, dp=2, zero=1, tied=False, precision="fp32", dropout=0.1),
     Case(dp=4, zero=0, precision="bf16"),
     Case(tp=2, pp=2, dp=2, zero=1, precision="bf16", dropout=0.1, micro_batches=3),
+    Case(pp=2, dp=2, zero=1, dropout=0.1, micro_batches=3, model="bert"),
 ]
 
 
@@ -53,7 +54,7 @@ def test_bucket_sizes_make_one_or_several_buckets(parity: Parity):
     assert counts[0] > counts[1] > counts[2] == 1
 
 
-@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=4, dp=2, zero=1, tied=False), Case(pp=2)], ids=named)
+@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=4, dp=2, zero=1, tied=False), Case(pp=2), Case(tp=2, model="bert")], ids=named)
 def test_padding_rows_stay_out_of_everything(parity: Parity, case: Case):
     for result in parity.engine(case):
         assert result.facts["padding_weight"] == result.facts["padding_gradient"] == 0.0
