@@ -1,4 +1,4 @@
-"""Bytes one rank needs to train a GPT, before it is run.
+"""Bytes one rank needs to train a GPT or BERT, before it is run.
 
 The formulas follow Korthikanti et al. 2022 (arXiv:2205.05198), changed where this engine differs: dropout keeps no masks (they are
 drawn again), softmax is kept in at least fp32, and what that paper leaves out is here: the cross-entropy peak, one layer's
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megactl.config.schema import Model
-from megactl.costmodel.parameters import ffn_width, padded_vocab, split_layers, stage_parts, vocabulary
+from megactl.costmodel.parameters import ffn_width, is_encoder, padded_vocab, split_layers, stage_parts, vocabulary
 from megactl.errors import ConfigError, Problem
 from megactl.schedules.generators import max_live_microbatches
 
@@ -130,6 +130,7 @@ def estimate_stage(model: Model, layout: Layout, stage: int) -> MemoryEstimate:
     live = max_live_microbatches(layout.schedule, stage=stage, num_ranks=pp, num_microbatches=layout.num_microbatches)
     layers, last = len(split_layers(model.num_layers, pp)[stage]), stage == pp - 1
     sizes = _Sizes.of(model, layout)
+    kept = layers * layer_activations(model, layout) + (0 if last else sizes.hidden) + (_embedding(model, sizes) if stage == 0 else 0)
     return MemoryEstimate(
         stage=stage,
         parameters=parameters,
@@ -137,7 +138,7 @@ def estimate_stage(model: Model, layout: Layout, stage: int) -> MemoryEstimate:
         weights=parameters * state.weight,
         gradients=parameters * state.gradient,
         optimizer=-(-parameters * state.optimizer // (layout.data_parallel if layout.zero else 1)),
-        activations=live * (layers * layer_activations(model, layout) + (0 if last else sizes.hidden)),
+        activations=live * kept,
         logits=_logits(sizes, live) if last else 0,
         transient=_layer_transient(sizes),
     )
@@ -149,17 +150,23 @@ def layer_activations(model: Model, layout: Layout) -> int:
     With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus LayerNorm's statistics.
     """
     sizes = _Sizes.of(model, layout)
-    # Whole on each rank: inputs of both LayerNorms, of qkv and of the first MLP matrix.
+    # Whole on each rank, wherever the norms stand: inputs of both LayerNorms, of qkv and of the first MLP matrix.
     whole = 4 * sizes.hidden + 2 * 2 * sizes.accumulate * sizes.tokens
     # Split over t: q, k, v, the input of attention's output matrix, GELU's input and output.
     split = 4 * sizes.hidden // sizes.tensor_parallel + 2 * sizes.mlp
     if not sizes.unfused:
-        # Log-sum-exp of every row.
-        return whole + split + sizes.accumulate * model.num_heads * sizes.tokens // sizes.tensor_parallel
+        # Log-sum-exp of every row; BERT's mask of padding, which each call turns into numbers to add.
+        mask = sizes.element * sizes.tokens if is_encoder(model) else 0
+        return whole + split + sizes.accumulate * model.num_heads * sizes.tokens // sizes.tensor_parallel + mask
     # Softmax for its own backward; what multiplies the values is another tensor where dropout or a cast lies between.
     second = model.attention_dropout > 0 or sizes.accumulate != sizes.element
-    causal_mask = layout.seq_length**2
-    return whole + split + sizes.scores * (sizes.accumulate + (sizes.element if second else 0)) + causal_mask
+    mask = sizes.tokens if is_encoder(model) else layout.seq_length**2
+    return whole + split + sizes.scores * (sizes.accumulate + (sizes.element if second else 0)) + mask
+
+
+def _embedding(model: Model, sizes: _Sizes) -> int:
+    """Bytes the embedding keeps for a micro-batch, ids aside: the input of BERT's LayerNorm and its statistics, where it has one."""
+    return sizes.hidden + 2 * sizes.accumulate * sizes.tokens if is_encoder(model) and model.norm_position == "post" else 0
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,7 @@ class _Sizes:
     head_matrix: int
     unfused: bool
     main_gradient: int
+    head_inputs: int
 
     @staticmethod
     def of(model: Model, layout: Layout) -> _Sizes:
@@ -198,6 +206,8 @@ class _Sizes:
             # Dropout inside a fused kernel cannot be repeated by another layout, so `auto` does not use one then.
             unfused=model.attention == "unfused" or (model.attention == "auto" and model.attention_dropout > 0),
             main_gradient=precision.state.gradient,
+            # Inputs of the final norm and the output matrix; of BERT's dense layer, its GELU and its norm.
+            head_inputs=1 + (model.norm_position == "pre") + 3 * is_encoder(model),
         )
 
     def product(self, matrix: int) -> int:
@@ -206,7 +216,7 @@ class _Sizes:
 
 
 def _logits(sizes: _Sizes, live: int) -> int:
-    """Final norm, head and cross-entropy on the last stage, at the worst moment of the newest micro-batch.
+    """Final norm, heads and cross-entropy on the last stage, at the worst moment of the newest micro-batch.
 
     Either the loss: logits, their copy in the loss's type (none where it is the same type) and the exponentials, 10 bytes a
     logit under bf16. Or the head's backward: the gradient of the logits, of its input and of its weight. Older live
@@ -215,7 +225,7 @@ def _logits(sizes: _Sizes, live: int) -> int:
     copy = sizes.accumulate if sizes.accumulate != sizes.element else 0
     loss = sizes.logits * (sizes.element + copy + sizes.accumulate)
     head_backward = sizes.logits * sizes.element + sizes.hidden + sizes.product(sizes.head_matrix)
-    return live * 2 * sizes.hidden + (live - 1) * sizes.logits * sizes.accumulate + max(loss, head_backward)
+    return live * sizes.head_inputs * sizes.hidden + (live - 1) * sizes.logits * sizes.accumulate + max(loss, head_backward)
 
 
 def _layer_transient(sizes: _Sizes) -> int:

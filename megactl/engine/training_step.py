@@ -121,7 +121,7 @@ class TrainingStep:
         return StepInputs(held, rng, self._loss_gradient(held, global_batch_size), dropout)
 
     def _loss_gradient(self, held: list[Batch], global_batch_size: int) -> Tensor:
-        """What backward starts from, [k] in float64: for each loss 1 / its terms in the global batch, or its bound where there is one loss."""
+        """What backward starts from, [k] in float64: 1 / the terms of each loss in the global batch; of a single loss, 1 / all tokens."""
         if len(self.losses) == 1:
             return self._scalar(1.0 / (global_batch_size * self.run.training.seq_length), torch.float64).unsqueeze(0)
         counts = sum(self.part.model.loss_counts(targets_of(batch, torch.float64)) for batch in held)

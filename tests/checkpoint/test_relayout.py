@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from megactl.engine.checkpoint import Piece, load, load_full, save  # noqa: E402
+from megactl.config.schema import Model, Parallel, Run, Training  # noqa: E402
+from megactl.engine.checkpoint import Piece, SingleProcess, load, load_full, save  # noqa: E402
+from megactl.engine.mesh import Axis, Mesh  # noqa: E402
+from megactl.engine.models import MODELS  # noqa: E402
+from megactl.engine.parallelize import build_part  # noqa: E402
+from megactl.engine.state import pieces_to_load, pieces_to_save  # noqa: E402
 from megactl.storage.pieces import Region, clip  # noqa: E402
 
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=3).map(tuple)
@@ -121,6 +126,58 @@ def test_tensor_parallel_and_zero_layouts(tmp_path, kit, saved, loaded):
         request.tensor.fill_(torch.nan)
     load(path, requests)
     assert all(torch.equal(request.tensor, value) for request, value in zip(requests, expected, strict=True))
+
+
+def parts_of(model, layout, seed):
+    """Every rank's part of a model, in (tp, pp, dp, zero); what is built needs no other rank."""
+    tp, pp, dp, zero = layout
+    run = Run(
+        model=model, parallel=Parallel(tensor_parallel=tp, pipeline_parallel=pp, data_parallel=dp, zero=zero, bucket_size=2000),
+        training=Training(seq_length=16, seed=seed),
+    )  # fmt: skip
+    for p, d, t in product(range(pp), range(dp), range(tp)):
+        place = dict(rank=t + tp * (d + dp * p), world_size=tp * pp * dp, tp=Axis(tp, t), dp=Axis(dp, d), pp=Axis(pp, p))
+        mesh = Mesh(torch.device("cpu"), **place)
+        yield build_part(run, mesh, p, pp), mesh
+
+
+def states_of(part):
+    """Copies of a part's weights and, for each bucket, of what it holds of the moments."""
+    return [part.flat.params.clone(), *(kind.clone() for state in part.optimizer.states for kind in (state.exp_avg, state.exp_avg_sq))]
+
+
+MODELS_TO_MOVE = {
+    "gpt": Model(num_layers=4, hidden_size=32, num_heads=4, vocab_size=50, max_positions=16),
+    "bert": Model(architecture="bert", sentence_head=True, num_layers=4, hidden_size=32, num_heads=4, vocab_size=200, max_positions=16),
+    "bert-post": Model(
+        architecture="bert", norm_position="post", untie_embeddings=True, num_layers=4, hidden_size=32, num_heads=4, vocab_size=50,
+        max_positions=16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS_TO_MOVE)
+@pytest.mark.parametrize(("saved", "loaded"), [((2, 1, 2, 1), (1, 4, 1, 0)), ((1, 2, 1, 0), (4, 1, 2, 1))])
+def test_models_move_between_layouts(tmp_path, kit, name, saved, loaded):
+    """Weights and moments saved in one layout are, loaded in another, what that layout would have drawn itself."""
+    pieces, model = [], MODELS_TO_MOVE[name]
+    for part, mesh in parts_of(model, saved, seed=1):
+        for state in part.optimizer.states:
+            state.exp_avg.copy_(state.param), state.exp_avg_sq.copy_(state.param.square())
+        pieces += pieces_to_save(part, mesh)
+    held = [(piece.name, piece.kind, piece.region) for piece in pieces]
+    assert len(set(held)) == len(held), "each piece once"
+    path = save(tmp_path, step=1, pieces=pieces, header=kit.header(), group=SingleProcess(), keep=0, protect=None)
+    names = set()
+    for (part, _), (expected, _) in zip(parts_of(model, loaded, seed=2), parts_of(model, loaded, seed=1), strict=True):
+        for state in expected.optimizer.states:
+            state.exp_avg.copy_(state.param), state.exp_avg_sq.copy_(state.param.square())
+        load(path, pieces_to_load(part))
+        assert all(torch.equal(one, other) for one, other in zip(states_of(part), states_of(expected), strict=True))
+        names |= set(part.flat.by_name)
+    with torch.device("meta"):
+        whole = MODELS[model.architecture](model)
+    assert names == {whole.canonical_name(own) for own, _ in whole.named_parameters()} == {piece.name for piece in pieces}
 
 
 def test_the_usual_resume_reads_only_its_own_file(tmp_path, kit):

@@ -247,7 +247,8 @@ def test_headers_that_do_not_fit(tmp_path):
     for number, (change, rule) in enumerate([
         ({"rotary": True}, "model.rotary = True is no setting"),
         ({"num_layers": "two"}, "model.num_layers = 'two'"),
-        ({"architecture": "bert"}, "model.architecture = 'bert'"),
+        ({"architecture": "bert"}, "holds a BERT, which fills gaps"),
+        ({"architecture": "t5"}, "model.architecture = 't5'"),
         ({"vocab_size": None}, "does not say vocab_size"),
         ({"hidden_size": 64}, "stored with shape"),
         ({"num_layers": 3}, "layers.2.attention_norm.weight"),

@@ -80,6 +80,36 @@ def test_torch_counts_the_same(ffn: int | None) -> None:
     assert counter.get_total_flops() == model_flops(config, seq, batch)
 
 
+@pytest.mark.parametrize("sentence_head", [True, False])
+def test_torch_counts_the_same_for_bert(sentence_head: bool) -> None:
+    """An encoder composed of plain torch operations, forward and backward; attention over the whole square in either convention."""
+    torch = pytest.importorskip("torch")
+    from torch.nn import functional
+    from torch.utils.flop_counter import FlopCounterMode
+
+    h, f, heads, batch, seq = 16, 64, 2, 3, 10
+    config = Model(architecture="bert", num_layers=2, hidden_size=h, num_heads=heads, vocab_size=50, sentence_head=sentence_head)
+    weights = [torch.randn(*shape, requires_grad=True) for _ in range(2) for shape in ((3 * h, h), (h, h), (f, h), (h, f))]
+    table, dense, pooler, classes = (torch.randn(rows, h, requires_grad=True) for rows in (50, h, h, 2))
+    with FlopCounterMode(display=False) as counter:
+        x = functional.embedding(torch.randint(50, (batch, seq)), table)
+        for layer in range(2):
+            qkv, out, up, down = weights[4 * layer : 4 * layer + 4]
+            q, k, v = ((x @ qkv.t()).view(batch, seq, 3, heads, -1).permute(2, 0, 3, 1, 4)).unbind(0)
+            y = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+            x = x + y.transpose(1, 2).reshape(batch, seq, h) @ out.t()
+            x = x + functional.gelu(x @ up.t()) @ down.t()
+        logits = functional.gelu(x @ dense.t()) @ table.t()
+        loss = functional.cross_entropy(logits.flatten(0, 1), torch.randint(50, (batch * seq,)))
+        if sentence_head:
+            loss = loss + functional.cross_entropy(torch.tanh(x[:, 0] @ pooler.t()) @ classes.t(), torch.randint(2, (batch,)))
+        loss.backward()
+    assert counter.get_total_flops() == model_flops(config, seq, batch) == model_flops(config, seq, batch, causal=True)
+    assert model_flops_per_token(config, seq) == counter.get_total_flops() / (batch * seq)
+    speed = utilization(config, seq_length=seq, global_batch=batch, seconds=1.0, gpus=1, recompute="full")
+    assert speed.mfu_tflops == speed.causal_mfu_tflops < speed.hfu_tflops
+
+
 def test_seed_rule_of_thumb() -> None:
     assert seed_tflops(billions=52, seconds=127, gpus=64, global_batch=1024) == pytest.approx(53.7, abs=0.05)
     assert seed_tflops(billions=52, seconds=127, gpus=64, global_batch=1024, factor=3) == pytest.approx(40.2, abs=0.1)

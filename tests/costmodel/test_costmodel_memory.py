@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +23,13 @@ ONE = Layout(seq_length=32, micro_batch_size=3, num_microbatches=1)
 def saved_bytes(config: Model, layout: Layout, dtype_name: str) -> int:
     """Bytes of distinct storages, parameters aside, that one forward of the real model keeps for its backward."""
     torch = pytest.importorskip("torch")
-    from megactl.engine.models.gpt import GPT
-    from megactl.engine.models.layers import MicroBatch
+    from megactl.engine.models import MODELS
+    from megactl.engine.models.layers import MicroBatch, Targets
+    from megactl.engine.pipeline import padding_attention_mask
 
     torch.manual_seed(0)
     with torch.random.fork_rng():
-        model = GPT(config).to(getattr(torch, dtype_name))
+        model = MODELS[config.architecture](config).to(getattr(torch, dtype_name))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -43,10 +45,12 @@ def saved_bytes(config: Model, layout: Layout, dtype_name: str) -> int:
 
     ids = torch.randint(config.vocab_size, (layout.micro_batch_size, layout.seq_length))
     positions = torch.arange(layout.seq_length).expand_as(ids)
-    micro_batch = MicroBatch(rng=torch.tensor([1, 2, 0]), position_ids=positions)
+    mask, token_types, labels = None, None, None
+    if config.architecture == "bert":
+        mask, token_types, labels = padding_attention_mask(positions < 20), positions // 20, ids[:, 0] % 2
+    micro_batch = MicroBatch(rng=torch.tensor([1, 2, 0]), position_ids=positions, attention_mask=mask, token_types=token_types)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(ids, micro_batch)
-        model.loss_sum(logits, ids, torch.ones(ids.shape))
+        model.loss_sums(model(ids, micro_batch), Targets(ids, torch.ones(ids.shape), labels))
     return sum(storages.values())
 
 
@@ -56,16 +60,21 @@ def compiled_dropout() -> bool:
     return ops.use_compiled()
 
 
+@pytest.mark.parametrize("architecture", ["gpt", "bert"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 # Not sdpa with attention dropout: on CPU that has no fused kernel.
 @pytest.mark.parametrize(
     ("attention", "hidden", "inside"), [("sdpa", 0.0, 0.0), ("sdpa", 0.1, 0.0), ("unfused", 0.0, 0.0), ("unfused", 0.1, 0.1)]
 )
-def test_layer_keeps_exactly_what_the_model_saves(dtype: str, attention: str, hidden: float, inside: float) -> None:
+def test_layer_keeps_exactly_what_the_model_saves(
+    architecture: str, norm: str, dtype: str, attention: str, hidden: float, inside: float
+) -> None:
     pytest.importorskip("torch")
     if hidden and not compiled_dropout():
         pytest.skip("the reference dropout keeps masks; the estimate is for the compiled one")
-    config = replace(TINY, attention=attention, hidden_dropout=hidden, attention_dropout=inside, ffn_size=96)
+    config = replace(TINY, architecture=architecture, norm_position=norm, attention=attention, hidden_dropout=hidden)
+    config = replace(config, attention_dropout=inside, ffn_size=96)
     layout = replace(ONE, precision={"float32": "fp32", "float64": "fp64"}[dtype])
     deeper = replace(config, num_layers=3)
     assert saved_bytes(deeper, layout, dtype) - saved_bytes(config, layout, dtype) == layer_activations(config, layout)
@@ -74,19 +83,25 @@ def test_layer_keeps_exactly_what_the_model_saves(dtype: str, attention: str, hi
 def test_bfloat16_layer_keeps_what_the_model_saves() -> None:
     """On CPU LayerNorm and log-sum-exp may use another type for their few statistics than on a GPU."""
     pytest.importorskip("torch")
-    for attention in ("sdpa", "unfused"):
-        config, layout = replace(TINY, attention=attention), replace(ONE, precision="bf16")
+    for attention, architecture in itertools.product(("sdpa", "unfused"), ("gpt", "bert")):
+        config, layout = replace(TINY, attention=attention, architecture=architecture), replace(ONE, precision="bf16")
         difference = saved_bytes(replace(config, num_layers=3), layout, "bfloat16") - saved_bytes(config, layout, "bfloat16")
         assert difference == pytest.approx(layer_activations(config, layout), rel=0.02)
 
 
-def test_whole_model_keeps_what_the_estimate_says() -> None:
+@pytest.mark.parametrize(
+    ("architecture", "norm", "inputs"), [("gpt", "pre", 2), ("gpt", "post", 1), ("bert", "pre", 5), ("bert", "post", 4)]
+)
+def test_whole_model_keeps_what_the_estimate_says(architecture: str, norm: str, inputs: int) -> None:
+    """`inputs`: hidden states that the final norm and the heads keep."""
     pytest.importorskip("torch")
-    estimate = estimate_memory(TINY, ONE)
+    config = replace(TINY, architecture=architecture, norm_position=norm)
+    estimate = estimate_memory(config, ONE)
     # At rest after the loss only the exponentials remain of the logits' peak.
     tokens = 32 * 3
-    at_rest = estimate.activations + 2 * 4 * tokens * 64 + 4 * tokens * 250
-    assert saved_bytes(TINY, ONE, "float32") == pytest.approx(at_rest, rel=0.02)
+    at_rest = estimate.activations + inputs * 4 * tokens * 64 + 4 * tokens * 250
+    assert saved_bytes(config, ONE, "float32") == pytest.approx(at_rest, rel=0.02)
+    assert estimate.logits == inputs * 4 * tokens * 64 + 8 * tokens * 256
 
 
 def test_published_formula_of_korthikanti() -> None:
@@ -112,9 +127,7 @@ def test_measured_peaks_of_gpt2_345m(tp: int, pp: int, seq: int) -> None:
     model = Model(
         num_layers=24, hidden_size=1024, num_heads=16, vocab_size=50257, hidden_dropout=0.1, attention_dropout=0.1, attention="unfused"
     )
-    layout = Layout(
-        seq_length=seq, micro_batch_size=4, num_microbatches=4, tensor_parallel=tp, pipeline_parallel=pp, precision="bf16"
-    )
+    layout = Layout(seq_length=seq, micro_batch_size=4, num_microbatches=4, tensor_parallel=tp, pipeline_parallel=pp, precision="bf16")
     estimate = estimate_stage(model, layout, 0)
     tokens, layers = 4 * seq, 24 // pp
     masks, softmax = 2 * tokens * 1024, -(16 * seq * tokens // tp)

@@ -52,27 +52,49 @@ def test_gpt2_small_is_the_published_124439808() -> None:
     assert total_parameters(replace(model, untie_embeddings=True)) == 124_439_808 + 50257 * 768
 
 
-def test_counts_are_those_of_the_model_that_is_built() -> None:
-    torch = pytest.importorskip("torch")
-    from megactl.engine.models.gpt import GPT
+def test_bert_base_is_the_published_109482240() -> None:
+    """The encoder with its pooler (Hugging Face's bert-base-uncased), and with the heads of pre-training 110106428."""
+    model = Model(
+        architecture="bert", norm_position="post", num_layers=12, hidden_size=768, num_heads=12, vocab_size=30522, max_positions=512
+    )
+    parts = parameter_parts(model)
+    assert sum(parts.values()) == total_parameters(model) == 110_106_428
+    classes = 2 * 768 + 2
+    assert total_parameters(model) - parts["mlm_head"] - parts["output_bias"] - classes == 109_482_240
+    assert total_parameters(replace(model, sentence_head=False)) == 110_106_428 - parts["sentence_head"]
 
-    for changes in ({}, {"untie_embeddings": True}, {"ffn_size": 80}):
-        config = replace(Model(num_layers=3, hidden_size=32, num_heads=4, vocab_size=101, max_positions=17), **changes)
-        with torch.device("meta"):
-            model = GPT(config)
-        assert sum(p.numel() for p in model.parameters()) == total_parameters(config)
+
+@pytest.mark.parametrize("architecture", ["gpt", "bert"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("changes", [{}, {"untie_embeddings": True}, {"ffn_size": 80}, {"sentence_head": False}], ids=str)
+def test_counts_are_those_of_the_model_that_is_built(architecture: str, norm: str, changes: dict[str, object]) -> None:
+    torch = pytest.importorskip("torch")
+    from megactl.engine.models import MODELS
+
+    config = Model(
+        num_layers=3, hidden_size=32, num_heads=4, vocab_size=101, max_positions=17, architecture=architecture, norm_position=norm
+    )
+    config = replace(config, **changes)
+    with torch.device("meta"):
+        model = MODELS[architecture](config)
+    assert sum(p.numel() for p in model.parameters()) == total_parameters(config)
 
 
 @given(
+    architecture=st.sampled_from(["gpt", "bert"]),
+    norm=st.sampled_from(["pre", "post"]),
     layers=st.integers(1, 4),
     pp=st.integers(1, 4),
     tp=st.sampled_from([1, 2, 4, 8]),
     vocab=st.integers(1, 1000),
     untied=st.booleans(),
 )
-def test_ranks_together_hold_the_model(layers: int, pp: int, tp: int, vocab: int, untied: bool) -> None:
+def test_ranks_together_hold_the_model(architecture: str, norm: str, layers: int, pp: int, tp: int, vocab: int, untied: bool) -> None:
     """Sharded parts of all tp ranks add up; the rest is held tp times; a tied head is a second copy under pipelining."""
-    model = Model(num_layers=layers * pp, hidden_size=64, num_heads=8, vocab_size=vocab, max_positions=10, untie_embeddings=untied)
+    model = Model(
+        num_layers=layers * pp, hidden_size=64, num_heads=8, vocab_size=vocab, max_positions=10, untie_embeddings=untied,
+        architecture=architecture, norm_position=norm,
+    )  # fmt: skip
     whole = parameter_parts(replace(model, vocab_size=padded_vocab(vocab, tp)))
     stages = [stage_parts(model, tp=tp, num_stages=pp, stage=stage) for stage in range(pp)]
     held = {part: sum(stage[part] for stage in stages) for part in whole}

@@ -1,4 +1,4 @@
-"""BERT in every layout equals one process in float64, to 1e-9: both losses, every gradient of every step, norms, weights after three steps."""
+"""BERT in every layout equals one process in float64, to 1e-9: losses, every gradient of every step, norms, weights after three steps."""
 
 from __future__ import annotations
 
