@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +18,9 @@ from megactl.engine.mesh import Mesh  # noqa: E402
 from megactl.engine.models import BERT  # noqa: E402
 from megactl.engine.models.layers import MicroBatch, Targets  # noqa: E402
 from megactl.engine.pipeline import attention_mask, padding_attention_mask  # noqa: E402
+from megactl.engine.state import check_fits  # noqa: E402
 from megactl.engine.training_step import TrainingStep  # noqa: E402
+from megactl.errors import CheckpointError  # noqa: E402
 
 CONFIG = Model(architecture="bert", num_layers=4, hidden_size=32, num_heads=4, vocab_size=61, max_positions=16, sentence_head=True)
 B, S = 3, 16
@@ -268,6 +272,21 @@ def test_a_step_without_masked_tokens_trains_the_sentence_loss_alone(config):
     assert outcome.parts[0] == 0.0 and outcome.parts[1] > 0.0 and torch.isfinite(outcome.grad_norm) and not outcome.skipped
     found = engine.gradients()
     assert not found["head.decoder.bias"][1].any() and found["head.sentence.pooler.weight"][1].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "hint"),
+    [
+        ({"norm_position": "post"}, "--norm-position pre (the checkpoint has post)", "use --norm-position post"),
+        ({"sentence_head": False}, "--sentence-head True (the checkpoint has False)", "use --no-sentence-head"),
+        ({"architecture": "gpt", "sentence_head": None}, "--model bert (the checkpoint has gpt)", "use --model gpt, or"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_named(changes, message, hint):
+    header = SimpleNamespace(model=dataclasses.asdict(dataclasses.replace(CONFIG, **changes)), state={"adam_step": 1.0})
+    with pytest.raises(CheckpointError) as error:
+        check_fits(Path("step-1"), header, Run(model=CONFIG), optimizer=True)
+    assert error.value.message == f"step-1 is of another model: {message}" and error.value.hint.startswith(hint)
 
 
 @pytest.mark.gpu

@@ -1,26 +1,33 @@
 """The gradient path under torch.compile: one graph, and the same gradients in the same flat buffer."""
 
+import pytest
 import torch
 
 from megactl.config.schema import Data, Model, Run, Training
 from megactl.config.validate import resolve
 from megactl.engine.mesh import build_mesh
-from megactl.engine.models.layers import MicroBatch
+from megactl.engine.models.layers import MicroBatch, Targets
 from megactl.engine.parallelize import build_part
+from megactl.engine.pipeline import padding_attention_mask
 
 
-def test_a_stage_compiles_to_one_graph_that_writes_the_flat_gradients() -> None:
-    model = Model(num_layers=2, hidden_size=32, num_heads=4, vocab_size=50, hidden_dropout=0.1)
+@pytest.mark.parametrize(("architecture", "norm"), [("gpt", "pre"), ("bert", "pre"), ("bert", "post")])
+def test_a_stage_compiles_to_one_graph_that_writes_the_flat_gradients(architecture: str, norm: str) -> None:
+    sizes = dict(num_layers=2, hidden_size=32, num_heads=4, vocab_size=50, hidden_dropout=0.1)
+    model = Model(architecture=architecture, norm_position=norm, **sizes)
     run = Run(model=model, training=Training(micro_batch_size=2, seq_length=16, device="cpu"), data=Data(mock_data=True))
     run = resolve(run, world_size=1).run
     part = build_part(run, build_mesh(run.parallel, torch.device("cpu")), 0, 1)
     tokens, positions = torch.randint(0, 50, (2, 16)), torch.arange(16).expand(2, 16)
 
+    targets = Targets(tokens, torch.ones(2, 16), torch.tensor([0, 1]))
+    mask = None if architecture == "gpt" else padding_attention_mask(positions < 12)
+
     def loss(x: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
-        return part.model.loss_sum(part.model(x, micro_batch), tokens, torch.ones(2, 16))
+        return part.model.loss_sums(part.model(x, micro_batch), targets).sum()
 
     def gradients(function, accumulate: bool) -> dict[str, torch.Tensor]:
-        function(tokens, MicroBatch(torch.tensor([1, 1, 0]), positions, None, accumulate, True)).backward()
+        function(tokens, MicroBatch(torch.tensor([1, 1, 0]), positions, mask, accumulate, True, positions // 8)).backward()
         return {spec.name: gradient.clone() for spec, gradient in part.flat.gradients()}
 
     eager = [gradients(loss, accumulate) for accumulate in (False, True)]
