@@ -102,8 +102,9 @@ class TrainingStep:
         squared, stop = totals[:2]
         sums, counts = totals[2:].view(2, -1)
         counts = counts.clamp(min=1.0)
-        if len(counts) == 1:
-            self._normaliser = global_batch_size * self.run.training.seq_length / counts[0]
+        # Several losses have their true ratios from the start.
+        bound = global_batch_size * self.run.training.seq_length
+        self._normaliser = bound / counts[0] if len(counts) == 1 else self._scalar(1.0, torch.float64)
         norm = squared.sqrt() * self._normaliser
         skip = (~torch.isfinite(norm)).to(self._one.dtype)
         scale = (self._normaliser * clip_factor(norm, self.run.optimizer.clip_grad)).to(self._one.dtype)
@@ -118,7 +119,9 @@ class TrainingStep:
         keys = [[seed, iteration, (index * dp.size + dp.rank) * size] for index in range(count)]
         rng = torch.tensor(keys, dtype=torch.int64).to(self.mesh.device, non_blocking=True)
         held = [batches(index).to(self.mesh.device) for index in range(count)]
-        return StepInputs(held, rng, self._loss_gradient(held, global_batch_size), dropout)
+        # Evaluation starts no backward, and need not count what its losses will count anyway.
+        zeros = torch.zeros(len(self.losses), dtype=torch.float64, device=self.mesh.device)
+        return StepInputs(held, rng, self._loss_gradient(held, global_batch_size) if dropout else zeros, dropout)
 
     def _loss_gradient(self, held: list[Batch], global_batch_size: int) -> Tensor:
         """What backward starts from, [k] in float64: 1 / the terms of each loss in the global batch; of a single loss, 1 / all tokens."""
