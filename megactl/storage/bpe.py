@@ -12,8 +12,10 @@ from typing import Any
 
 from megactl.errors import DataError, RunError
 from megactl.storage.durable import replace_file
+from megactl.storage.libraries import tokenizers_library
+from megactl.storage.special_tokens import EOD_NAMES
 from megactl.storage.text import Position, Source, find_sources, read_chunks, read_text
-from megactl.storage.tokenizer import EOD_NAMES, load_tokenizer, tokenizers_library
+from megactl.storage.tokenizer import load_tokenizer
 
 # 256 bytes and the end-of-document token.
 SMALLEST_VOCABULARY = 257

@@ -6,6 +6,7 @@ sentence lengths alone, whole epochs at a time, then shuffled. Source: Megatron-
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -33,16 +34,19 @@ def build_sentence_index(
     short_probability: float,
     seed: int,
     min_sentences: int,
+    name: str = "the data",
 ) -> np.ndarray:
     """Rows [samples, 3]: at least `num_samples`, being whole epochs; uint32, or uint64 where that cannot count the sentences.
 
     `documents` int64 [D + 1]: the first sentence of each document, and the end; `lengths` int32: tokens of every sentence of the pair.
-    `short_probability` is rounded to one in a whole number. Raises DataError where no document gives a sample.
+    `short_probability` is rounded to one in a whole number; `name`: of the pair, for messages.
+    Raises DataError where no document gives a sample.
     """
     assert seq_length >= SPECIAL_TOKENS + 2 and min_sentences in (1, 2)
     ratio = math.floor(1 / short_probability + 0.5) if short_probability > 0 else 0
     wide = len(lengths) > np.iinfo(np.uint32).max
-    arguments = (num_samples, seq_length - SPECIAL_TOKENS, ratio, seed, min_sentences, LONG_SENTENCE, wide)
+    # A blend may want nothing of one of its datasets, which is still a dataset.
+    arguments = (max(num_samples, 1), seq_length - SPECIAL_TOKENS, ratio, seed, min_sentences, LONG_SENTENCE, wide)
     bounds = np.require(documents, np.int64, ["C", "A"])
     native = native_module()
     # The lengths lie unaligned in the file; compiled code may not read them there.
@@ -50,7 +54,7 @@ def build_sentence_index(
     rows = _build_python(bounds, sizes, *arguments) if native is None else native.build_sentence_samples(bounds, sizes, *arguments)
     if not len(rows):
         least = "a sentence" if min_sentences == 1 else f"two sentences, none of them longer than {LONG_SENTENCE} tokens"
-        rule = f"no one of the {len(bounds) - 1} documents has {least}"
+        rule = f"{name}: none of the {len(bounds) - 1} documents has {least}"
         raise DataError(rule, "give this split more documents (--split), or preprocess longer texts with --split-sentences")
     return rows
 
@@ -80,7 +84,7 @@ def cached_sentence_index(
     key = {"kind": "bert-sentence-index", "version": INDEX_VERSION, **file_identity(path), "documents": [first, last], **settings}
 
     def build() -> dict[str, np.ndarray]:
-        return {"rows": build_sentence_index(dataset.documents[first : last + 1], dataset.lengths, **settings)}
+        return {"rows": build_sentence_index(dataset.documents[first : last + 1], dataset.lengths, name=str(dataset.prefix), **settings)}
 
     return ArrayCache(path.parent, cache_folder, log).get("sentence index", key, build)["rows"]
 
@@ -101,7 +105,7 @@ def _build_python(
     bounds = documents.tolist()
     usable = [
         (first, last)
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True)
+        for first, last in itertools.pairwise(bounds)
         if last - first >= min_sentences and (last - first == 1 or int(lengths[first:last].max()) <= long_sentence)
     ]
     rows: list[tuple[int, int, int]] = []

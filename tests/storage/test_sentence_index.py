@@ -1,7 +1,7 @@
 """Sentence indices of BERT samples: Megatron's numbers, compiled and in Python."""
 
 import math
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_generators_are_those_of_the_standard():
 def megatron_epoch(documents, lengths, targets, min_sentences):
     """One epoch of Megatron's loop with its own counters, `targets` being its draws: the oracle for the order of rows and draws."""
     rows = []
-    for first, last in zip(documents[:-1], documents[1:], strict=True):
+    for first, last in pairwise(documents):
         remaining, start, length, count = last - first, first, 0, 0
         if remaining > 1 and any(lengths[i] > 512 for i in range(first, last)):
             continue
@@ -140,7 +140,7 @@ def test_compiled_builder_refuses_what_would_read_out_of_bounds():
 
 def test_cached_index_is_built_once_and_belongs_to_its_settings(tmp_path):
     writer = IndexedWriter(tmp_path / "P", np.dtype("<u2"))
-    for first, last in zip(DOCUMENTS[:-1], DOCUMENTS[1:], strict=True):
+    for first, last in pairwise(DOCUMENTS):
         for size in LENGTHS[first:last]:
             writer.add_sequence(np.arange(size))
         writer.end_document()

@@ -166,7 +166,7 @@ py::tuple plan_pair(Array<uint32_t>& key, uint32_t seed, int64_t sentences, bool
 }
 
 int64_t mask_pair(Array<uint32_t>& key, int position, const Array<int64_t>& a, const Array<int64_t>& b, int64_t target,
-                  const Array<int64_t>& special, const Array<uint8_t>& continues, double probability, const std::vector<double>& sizes,
+                  const Array<int64_t>& special, const Array<uint8_t>& continues, double probability, const Array<double>& sizes,
                   Array<int64_t>& out, Array<float>& loss_mask) {
     if (special.size() != 4) throw std::invalid_argument("special must be vocabulary size, [CLS], [SEP], [MASK]");
     const int64_t* ids = special.data();
@@ -189,7 +189,8 @@ int64_t mask_pair(Array<uint32_t>& key, int position, const Array<int64_t>& a, c
     const Words words = find_words(places.tokens, length, vocabulary);
     // Rounded half to even, as Python rounds.
     const double share = std::max(1.0, std::nearbyint(static_cast<double>(length) * probability));
-    Masking(words, vocabulary, places, random).run(std::max(1.0, std::min(probability * static_cast<double>(target), share)), sizes);
+    Masking(words, vocabulary, places, random).run(std::max(1.0, std::min(probability * static_cast<double>(target), share)),
+                                                     {sizes.data(), sizes.data() + sizes.size()});
     return length;
 }
 
@@ -199,7 +200,7 @@ void register_masked_sample(py::module_& module) {
     module.def("plan_pair", &plan_pair, py::arg("key").noconvert(), py::arg("seed"), py::arg("sentences"), py::arg("pair"), py::arg("others"),
                "Seed key (uint32 [624]) and draw (pivot, flag, sentence elsewhere or -1); the last value is the generator's position.");
     module.def("mask_pair", &mask_pair, py::arg("key").noconvert(), py::arg("position"), py::arg("a").noconvert(), py::arg("b").noconvert(),
-               py::arg("target"), py::arg("special").noconvert(), py::arg("continues").noconvert(), py::arg("probability"), py::arg("sizes"),
+               py::arg("target"), py::arg("special").noconvert(), py::arg("continues").noconvert(), py::arg("probability"), py::arg("sizes").noconvert(),
                py::arg("out").noconvert(), py::arg("loss_mask").noconvert(),
                "Join, truncate and mask two parts: fills out [3, s] (tokens, types, labels) and loss_mask [s]; returns the length.");
 }
