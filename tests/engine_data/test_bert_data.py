@@ -1,5 +1,6 @@
 """BERT's datasets: which sentences a sample holds, from one pair, from a blend, and generated; and its batches."""
 
+import itertools
 import json
 
 import numpy as np
@@ -79,7 +80,7 @@ def parts(item):
 
 
 def consecutive(tokens):
-    return all(two == one + 1 for one, two in zip(tokens[:-1], tokens[1:], strict=True))
+    return all(two == one + 1 for one, two in itertools.pairwise(tokens))
 
 
 def test_pairs_are_consecutive_sentences_of_one_document_in_either_order(pairs, vocab):
@@ -239,7 +240,7 @@ def test_mock_pairs_have_structure_to_learn(pair, elsewhere, vocab_size, seq_len
         item = data.sample(i)
         a, b = parts(item) if pair else (parts(item)[0], [])
         for part in (a, b):
-            assert all((two - one) % alphabet == stride for one, two in zip(part[:-1], part[1:], strict=True))
+            assert all((two - one) % alphabet == stride for one, two in itertools.pairwise(part))
         if pair:
             follows = (b[0] - a[-1]) % alphabet == stride
             assert follows == (not item.flag) or not elsewhere
