@@ -46,11 +46,13 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer.encode."""
-        return self._inner.encode(text, out_type=int)
+        return self._inner.encode(text.encode("utf-8"), out_type=int)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See Tokenizer.encode_batch; int32."""
-        return [np.array(ids, np.int32) for ids in self._inner.encode(list(texts), out_type=int, num_threads=1)]
+        # As bytes: Python then says what is not Unicode text, as it does for the other tokenizers.
+        encoded = self._inner.encode([text.encode("utf-8") for text in texts], out_type=int, num_threads=1)
+        return [np.array(ids, np.int32) for ids in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer.decode. Control tokens become their names, which the library would drop."""
