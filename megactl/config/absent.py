@@ -48,7 +48,10 @@ ABSENT: dict[str, tuple[str, str]] = {
     "world_size": ("follows from the layout here", "use --nproc for the ranks of this machine, or start with torchrun or srun"),
     "num_gpus": ("follows from the layout here", "use --nproc for the ranks of this machine, or start with torchrun or srun"),
     "gpus": ("follows from the layout here", "use --nproc for the ranks of this machine, or start with torchrun or srun"),
-    "vocab_file": ("is part of the tokenizer here", "use --tokenizer FILE, or a folder with vocab.json and merges.txt"),
+    "vocab_file": (
+        "is part of the tokenizer here",
+        "use --tokenizer FOLDER, with vocab.json and merges.txt in it, or a vocab.txt",
+    ),
     "merge_file": ("is part of the tokenizer here", "use --tokenizer FOLDER, with vocab.json and merges.txt in it"),
     "tokenizer_type": ("is part of the tokenizer here", "use --tokenizer byte, a tokenizer.json, vocab.txt or .model, or a folder"),
     "tokenizer_model": ("is part of the tokenizer here", "use --tokenizer FILE.model"),

@@ -60,7 +60,7 @@ def test_mistakes_exit_2_with_what_to_do(corpus):
     assert "bad.jsonl:2" in done.stderr and "--skip-bad" in done.stderr
     done = megactl("preprocess", "bad.jsonl", *common, "--skip-bad", cwd=corpus)
     assert "left out 1 bad documents" in done.stderr
-    assert "split-sentences" in megactl("preprocess", "a.jsonl", *common, "--split-sentences", cwd=corpus, code=2).stderr
+    assert "--append-eod out" in megactl("preprocess", "a.jsonl", *common, "--split-sentences", "--append-eod", cwd=corpus, code=2).stderr
     failed = megactl("inspect", "nothing", "--json", cwd=corpus, code=2)
     assert json.loads(failed.stdout)["error"]["exit_code"] == 2
 
@@ -120,3 +120,75 @@ def test_nothing_here_imports_torch():
         "assert not {'torch', 'tokenizers', 'zstandard', 'pandas'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_from_text_to_sentences_with_a_vocabulary_of_its_own(tmp_path):
+    pytest.importorskip("tokenizers")
+    texts = [f"The document {i} begins. It goes on, unbelievably! Dr. Who ends it." for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train = ("tokenizer", "train", "a.jsonl", "--vocab-size", 90, "--output", "vocab.txt")
+    done = megactl(*train, "--kind", "wordpiece", cwd=tmp_path)
+    assert "vocab.txt: " in done.stdout and "None" not in done.stdout
+    shown = megactl("tokenizer", "show", "vocab.txt", "Unbelievably", cwd=tmp_path).stdout
+    assert "pad 0, unk 1, cls 2, sep 3, mask 4" in shown and "lower (tokenizer_config.json)" in shown
+    arguments = ("preprocess", "a.jsonl", "--output-prefix", "P", "--tokenizer", "vocab.txt", "--split-sentences")
+    done = megactl(*arguments, cwd=tmp_path)
+    assert "30 documents, 90 sentences" in done.stdout and "P_text_sentence.bin" in done.stdout and "lower case" in done.stderr
+    shown = megactl("inspect", "P_text_sentence", "--show", 1, "--deep", cwd=tmp_path).stdout
+    assert "30 of 90 sentences, 3.0 each on average (0 of one sentence)" in shown and "no end-of-document token" in shown
+    assert "dr . who ends it ." in shown.split("\n")
+    facts = json.loads(megactl("inspect", "P_text_sentence", "--json", cwd=tmp_path).stdout)
+    assert facts["sentences"] and (facts["single_sentence_documents"], facts["long_sentences"]) == (0, 0)
+    for options, words in (
+        (("--kind", "wordpiece", "--overwrite", "--eod-token", "[EOD]"), "no end-of-document token"),
+        (("--lower-case", "--overwrite"), "keeps text as it is"),
+    ):
+        assert words in megactl(*train, *options, cwd=tmp_path, code=2).stderr
+    assert "Invalid value" in megactl(*train, "--kind", "unigram", cwd=tmp_path, code=2).stderr
+
+
+def train_options(data, model, cwd, **more):
+    flags = [word for key, value in more.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    arguments = [
+        "train",
+        "--model",
+        model,
+        "--layers",
+        "2",
+        "--hidden",
+        "32",
+        "--heads",
+        "2",
+        "--seq",
+        "32",
+        "--device",
+        "cpu",
+        "--nproc",
+        "1",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "megactl", *arguments, "--data", data, "--dry-run", *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
+
+
+def test_a_run_is_told_which_form_of_the_data_it_needs(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n.\na\nb\n")
+    (tmp_path / "a.txt").write_text("a b. b a. a.")
+    pytest.importorskip("tokenizers")
+    common = ("preprocess", "a.txt", "--tokenizer", "vocab.txt", "--output-prefix")
+    megactl(*common, "S", "--split-sentences", cwd=tmp_path)
+    megactl(*common, "D", cwd=tmp_path)
+    for data, model, words in (
+        ("S_text_sentence", "gpt", "preprocess the text without --split-sentences, or use --model bert"),
+        ("S", "gpt", "S_text_sentence.idx is for --model bert"),
+        ("D_text_document", "bert", "preprocess the text with --split-sentences"),
+        ("D", "bert", "D_text_document.idx is for --model gpt"),
+    ):
+        done = train_options(data, model, tmp_path)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+    megactl("preprocess", "a.txt", "--tokenizer", "byte", "--split-sentences", "--output-prefix", "B", cwd=tmp_path)
+    done = train_options("B", "bert", tmp_path)
+    assert done.returncode == 2 and "byte: has no [CLS], [SEP], [MASK], [PAD]" in done.stderr and "--kind wordpiece" in done.stderr
+    (tmp_path / "S_text_sentence.json").unlink()
+    done = train_options("S", "bert", tmp_path)
+    assert done.returncode == 2 and "--tokenizer vocab.txt" in done.stderr
