@@ -147,48 +147,32 @@ def test_from_text_to_sentences_with_a_vocabulary_of_its_own(tmp_path):
     assert "Invalid value" in megactl(*train, "--kind", "unigram", cwd=tmp_path, code=2).stderr
 
 
-def train_options(data, model, cwd, **more):
-    flags = [word for key, value in more.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    arguments = [
-        "train",
-        "--model",
-        model,
-        "--layers",
-        "2",
-        "--hidden",
-        "32",
-        "--heads",
-        "2",
-        "--seq",
-        "32",
-        "--device",
-        "cpu",
-        "--nproc",
-        "1",
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "megactl", *arguments, "--data", data, "--dry-run", *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
+def test_a_run_is_told_which_form_of_the_data_it_needs(tmp_path, monkeypatch, capsys):
+    """In this process: every one of them is refused before anything heavy is loaded."""
+    pytest.importorskip("tokenizers")
+    from megactl.cli import main
 
-
-def test_a_run_is_told_which_form_of_the_data_it_needs(tmp_path):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n.\na\nb\n")
     (tmp_path / "a.txt").write_text("a b. b a. a.")
-    pytest.importorskip("tokenizers")
-    common = ("preprocess", "a.txt", "--tokenizer", "vocab.txt", "--output-prefix")
-    megactl(*common, "S", "--split-sentences", cwd=tmp_path)
-    megactl(*common, "D", cwd=tmp_path)
-    for data, model, words in (
-        ("S_text_sentence", "gpt", "preprocess the text without --split-sentences, or use --model bert"),
-        ("S", "gpt", "S_text_sentence.idx is for --model bert"),
-        ("D_text_document", "bert", "preprocess the text with --split-sentences"),
-        ("D", "bert", "D_text_document.idx is for --model gpt"),
-    ):
-        done = train_options(data, model, tmp_path)
-        assert done.returncode == 2 and words in done.stderr, done.stderr
-    megactl("preprocess", "a.txt", "--tokenizer", "byte", "--split-sentences", "--output-prefix", "B", cwd=tmp_path)
-    done = train_options("B", "bert", tmp_path)
-    assert done.returncode == 2 and "byte: has no [CLS], [SEP], [MASK], [PAD]" in done.stderr and "--kind wordpiece" in done.stderr
+    common = ["data", "preprocess", "a.txt", "--workers", "1", "--tokenizer"]
+    assert main([*common, "vocab.txt", "--output-prefix", "S", "--split-sentences"]) == 0
+    assert main([*common, "vocab.txt", "--output-prefix", "D"]) == 0
+    assert main([*common, "byte", "--output-prefix", "B", "--split-sentences"]) == 0
+
+    def refused(data, model):
+        layout = ["--layers", "2", "--hidden", "32", "--heads", "2", "--seq", "32", "--device", "cpu"]
+        capsys.readouterr()
+        assert main(["train", "--model", model, "--data", data, *layout, "--dry-run"]) == 2
+        return capsys.readouterr().err
+
+    assert "preprocess the text without --split-sentences, or use --model bert" in refused("S_text_sentence", "gpt")
+    assert "S_text_sentence.idx is for --model bert" in refused("S", "gpt")
+    assert "preprocess the text with --split-sentences" in refused("D_text_document", "bert")
+    assert "D_text_document.idx is for --model gpt" in refused("D", "bert")
+    message = refused("B", "bert")
+    assert "byte: has no [CLS], [SEP], [MASK], [PAD]" in message and "--kind wordpiece" in message
+    (tmp_path / "vocab.txt").rename(tmp_path / "moved.txt")
+    assert "say where it is now: --tokenizer PATH" in refused("S", "bert")
     (tmp_path / "S_text_sentence.json").unlink()
-    done = train_options("S", "bert", tmp_path)
-    assert done.returncode == 2 and "--tokenizer vocab.txt" in done.stderr
+    assert "no tokenizer is recorded with the data; name the one" in refused("S", "bert")
