@@ -100,7 +100,7 @@ REFUSED: tuple[Refusal, ...] = (
     ),
     Refusal(
         ("data.sentence_task", "model.sentence_head"),
-        lambda run: run.model.architecture == "bert" and run.data.sentence_task != "sop" and not run.model.sentence_head,
+        lambda run: run.model.architecture == "bert" and run.data.sentence_task != "sop" and run.model.sentence_head is False,
         "without the sentence head a sample is one part, and there is no task",
         "leave --no-sentence-head out, or --sentence-task",
     ),

@@ -41,6 +41,9 @@ class Model:
     max_positions: int | None = setting(
         None, "learned positions (default: the sequence length)", flags=("--max-positions", "--max-position-embeddings")
     )
+    sentence_head: bool | None = setting(
+        None, "pooler and head of two classes for sentence pairs (default: on for bert)", flags=("--sentence-head/--no-sentence-head",)
+    )
     gelu: str = setting("tanh", "GELU: the tanh approximation or the exact erf", flags=("--gelu",), choices=("tanh", "erf"))
     untie_embeddings: bool = setting(
         False, "give the output head its own weight", flags=("--untie-embeddings", "--untie-embeddings-and-output-weights")
@@ -49,9 +52,6 @@ class Model:
     attention_dropout: float = setting(0.0, "dropout on attention probabilities", flags=("--attention-dropout",))
     init_std: float = setting(0.02, "standard deviation of the initial weights", flags=("--init-std", "--init-method-std"))
     layernorm_epsilon: float = setting(1e-5, "epsilon inside LayerNorm", flags=("--layernorm-epsilon", "--norm-epsilon"))
-    sentence_head: bool = setting(
-        True, "BERT: also learn whether the second part of a pair follows the first", flags=("--sentence-head/--no-sentence-head",)
-    )
     attention: str = setting("auto", "attention implementation", flags=("--attention",), choices=("auto", "sdpa", "unfused"))
 
 

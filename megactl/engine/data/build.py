@@ -104,9 +104,14 @@ def _check_source(source: IndexedDataset, architecture: str, vocab_size: int) ->
     check_form(source.prefix, architecture, sentences=source.holds_sentences)
 
 
+def _has_pairs(run: Run) -> bool:
+    """Whether samples have two parts: they do unless the head that tells their order is off."""
+    return run.model.sentence_head is not False
+
+
 def _masking_rules(run: Run) -> MaskingRules:
     data = run.data
-    return MaskingRules(data.mask_probability, data.mask_ngrams, data.whole_word_masking, run.model.sentence_head)
+    return MaskingRules(data.mask_probability, data.mask_ngrams, data.whole_word_masking, _has_pairs(run))
 
 
 def _masker(run: Run, source: IndexedDataset) -> PairMasker:
@@ -205,7 +210,7 @@ def _pair_options(request: _Request) -> dict[str, Any]:
         "seq_length": run.training.seq_length,
         "short_probability": run.data.short_seq_probability,
         "seed": run.training.seed,
-        "min_sentences": 2 if run.model.sentence_head else 1,
+        "min_sentences": 2 if _has_pairs(run) else 1,
     }
 
 
