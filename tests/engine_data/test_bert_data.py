@@ -234,20 +234,21 @@ def mock(count=300, *, pair=True, **settings):
 )
 def test_mock_pairs_have_structure_to_learn(pair, elsewhere, vocab_size, seq_length):
     data = mock(pair=pair, elsewhere=elsewhere, vocab_size=vocab_size, seq_length=seq_length)
-    flags, lengths, alphabet = [], [], min(vocab_size - 5, 512)
-    stride = 1 + 7 % (alphabet - 2)
+    flags, lengths, size = [], [], min(vocab_size - 5, 8)
+
+    def follows(one, two):
+        return (one - 5) // size == (two - 5) // size and (two - one) % size == 1 % size
+
     for i in range(300):
         item = data.sample(i)
         a, b = parts(item) if pair else (parts(item)[0], [])
+        assert min(a + b) >= 5 and item.tokens.max() < vocab_size and item.loss_mask.any()
         for part in (a, b):
-            assert all((two - one) % alphabet == stride for one, two in itertools.pairwise(part))
+            assert all(follows(one, two) for one, two in itertools.pairwise(part))
         if pair:
-            follows = (b[0] - a[-1]) % alphabet == stride
-            assert follows == (not item.flag) or not elsewhere
-            assert item.flag or follows
+            assert follows(a[-1], b[0]) != item.flag
             flags.append(item.flag)
         lengths.append(item.length)
-        assert item.tokens.max() < vocab_size and item.loss_mask.any()
     assert max(lengths) <= seq_length and min(lengths) < max(lengths)
     assert not pair or 0.4 < np.mean(flags) < 0.6
 

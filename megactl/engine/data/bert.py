@@ -111,15 +111,17 @@ class BlendedPairs(Blend[PairDataset], PairDataset):
 
 
 class MockPairs(PairDataset):
-    """Generated pairs with structure to learn: every token is its predecessor plus a fixed stride, through both parts of a pair.
+    """Generated pairs with structure to learn: a sample goes round and round through eight neighbouring ids, its topic.
 
-    A masked token follows from its neighbours, and whether the second part follows the first from the tokens beside [SEP]. Lengths run
-    from a quarter of the sequence to all of it, so there is padding.
+    Any token in sight gives a masked one away but for eight choices, which a model learns within some hundred steps; the tokens beside
+    it, later, entirely. Whether the second part follows the first shows beside [SEP] (or in the topics, where parts come from elsewhere).
+    Lengths run from a quarter of the sequence to all of it, so there is padding.
     """
 
     VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    _ALPHABET = 512
-    _LONGEST_SENTENCE = 24
+    _TOPIC = 8
+    _TOPICS = 64
+    _SENTENCE = 24
 
     def __init__(
         self,
@@ -137,14 +139,13 @@ class MockPairs(PairDataset):
             rule = f"generated pairs need at least 3 tokens besides {', '.join(self.VOCABULARY)}"
             raise DataError(f"--vocab-size {vocab_size}: {rule}", f"set --vocab-size {special + 3} or more")
         self.name, self.seq_length, self.vocab_size, self.pair = "mock data", seq_length, vocab_size, rules.pair
-        ids = dict(zip(("pad", "unk", "cls", "sep", "mask"), range(special), strict=True))
-        vocabulary = MaskingVocabulary(vocab_size, ids["cls"], ids["sep"], ids["mask"], ids["pad"])
-        self._masker = PairMasker(rules, vocabulary, seq_length)
+        pad, _, cls, sep, mask = range(special)
+        self._masker = PairMasker(rules, MaskingVocabulary(vocab_size, cls, sep, mask, pad), seq_length)
         self._size, self._seed, self._elsewhere = size, seed, elsewhere and rules.pair
-        self._alphabet = min(vocab_size - special, self._ALPHABET)
-        # As in MockDataset: streams keep the splits apart, and the stride is the same in all of them.
+        self._topic = min(self._TOPIC, vocab_size - special)
+        self._topics = min(self._TOPICS, (vocab_size - special) // self._topic)
+        # As in MockDataset: streams keep the splits apart.
         self._key = np.array([seed % 2**64, (stream << 56) + (1 << 55)], np.uint64)
-        self._stride = 1 + seed % (self._alphabet - 2)
 
     def __len__(self) -> int:
         return self._size
@@ -154,25 +155,26 @@ class MockPairs(PairDataset):
         if not 0 <= index < self._size:
             raise IndexError(f"sample {index} of {self._size} in {self.name}")
         # The raw words of a counter-based generator, which numpy promises never to change.
-        words = np.random.Philox(key=self._key + np.array([0, index], np.uint64)).random_raw(3)
+        words = np.random.Philox(key=self._key + np.array([0, index], np.uint64)).random_raw(4).tolist()
         longest = self.seq_length - SPECIAL_TOKENS
-        length = max(2, longest - int(words[0] % np.uint64(max(1, 3 * longest // 4))))
-        sentences = max(2 if self.pair else 1, length // self._LONGEST_SENTENCE)
-        # Splits use the same draws for masking, as they do with data of one seed; their tokens differ.
+        length = max(2, longest - words[0] % max(1, 3 * longest // 4))
+        # After whole rounds the end would be followed by the beginning, and a reversed pair look like one in order.
+        length -= length % self._topic == 0
+        sentences = max(2 if self.pair else 1, length // self._SENTENCE)
+        # The splits draw the same for masking, as they do with data of one seed; their tokens differ.
         plan = self._masker.plan((self._seed + index) % 2**32, sentences, 1 if self._elsewhere else 0)
         cut = length * plan.pivot // sentences
-        first = self._run(words[1], length)
-        a, b = first[:cut], first[cut:]
+        topic, phase = words[1] % self._topics, words[2] % self._topic
+        a, b = self._run(topic, phase, cut), self._run(topic, phase + cut, length - cut)
         if plan.other >= 0:
-            b = self._elsewhere_run(words[2], first[cut], length - cut)
+            b = self._run(*self._other(topic, phase + cut, words[3]), length - cut)
         return self._masker.make(plan, a, b, longest)
 
-    def _run(self, word: np.uint64, length: int) -> np.ndarray:
-        start = int(word % np.uint64(self._alphabet))
-        return (start + self._stride * np.arange(length)) % self._alphabet + len(self.VOCABULARY)
+    def _run(self, topic: int, phase: int, length: int) -> np.ndarray:
+        return len(self.VOCABULARY) + topic * self._topic + (phase + np.arange(length)) % self._topic
 
-    def _elsewhere_run(self, word: np.uint64, following: int, length: int) -> np.ndarray:
-        """A run that does not start with the token that would follow."""
-        taken = int(following) - len(self.VOCABULARY)
-        start = (taken + 1 + int(word % np.uint64(self._alphabet - 1))) % self._alphabet
-        return self._run(np.uint64(start), length)
+    def _other(self, topic: int, phase: int, word: int) -> tuple[int, int]:
+        """Another topic; where there is one alone, another place in it."""
+        if self._topics > 1:
+            return (topic + 1 + word % (self._topics - 1)) % self._topics, phase
+        return topic, phase + 1 + word % (self._topic - 1)
