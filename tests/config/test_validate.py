@@ -239,6 +239,7 @@ def test_derived_values_and_reasons():
 
 
 NEVER_FILLED = {
+    "model.sentence_head",
     "training.rampup_batch_size",
     "data.data",
     "data.tokenizer",

@@ -13,6 +13,7 @@ from megactl.engine.data.masking import MaskingRules
 from megactl.errors import DataError
 from megactl.storage.indexed import IndexedDataset
 from megactl.storage.indexed_writer import IndexedWriter
+from megactl.storage.tokenizer import load_tokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -178,6 +179,7 @@ def test_recorded_form_decides_where_there_is_one(tmp_path, vocab):
     prefix = write_sentences(tmp_path / "P", [[[5, 6, 7]], [[8, 9]]])
     facts = {"tokenizer": str(vocab), "vocab_size": VOCABULARY, "append_eod": False, "dtype": "uint16", "sources": [], "checksums": {}}
     facts |= {"documents": 2, "sequences": 2, "tokens": 5, "schema_version": 1, "split_sentences": True}
+    facts |= {"tokenizer_sha256": load_tokenizer(vocab).describe()["sha256"]}
     (tmp_path / "P.json").write_text(json.dumps(facts))
     assert len(train_set(run_of(str(prefix), vocab, sentence_head=False), 2)) == 2
     with pytest.raises(DataError, match="none of the 2 documents has two sentences"):
@@ -196,6 +198,24 @@ def test_tokenizer_must_be_known_and_have_the_tokens_of_a_pair(pairs, tmp_path):
     dataset = train_set(run_of(str(pairs[0]), tmp_path / "vocab.txt"))
     with pytest.raises(DataError, match=r"must be in \[0, 6\)"):
         dataset.sample(0)
+
+
+def test_a_tokenizer_that_has_changed_since_is_noticed(tmp_path, vocab):
+    prefix = write_sentences(tmp_path / "P", [[[5, 6], [7]], [[8], [9]]])
+    copy = tmp_path / "vocab.txt"
+    copy.write_bytes(vocab.read_bytes())
+    facts = {"tokenizer": str(copy), "tokenizer_sha256": load_tokenizer(copy).describe()["sha256"], "vocab_size": VOCABULARY}
+    facts |= {"append_eod": False, "dtype": "uint16", "sources": [], "checksums": {}, "split_sentences": True}
+    facts |= {"documents": 2, "sequences": 4, "tokens": 5, "schema_version": 1}
+    (tmp_path / "P.json").write_text(json.dumps(facts))
+    # A resolved run names the recorded one itself.
+    for spec in (None, copy):
+        assert len(train_set(run_of(str(prefix), spec), 2)) >= 2
+    copy.write_text(copy.read_text().replace("t5\n", "u5\n"))
+    for spec in (None, copy):
+        with pytest.raises(DataError, match="was made with another tokenizer"):
+            train_set(run_of(str(prefix), spec), 2)
+    assert len(train_set(run_of(str(prefix), vocab), 2)) >= 2
 
 
 def test_batches_are_padded_to_one_shape(pairs, vocab):

@@ -116,8 +116,10 @@ def _masking_rules(run: Run) -> MaskingRules:
 
 def _masker(run: Run, source: IndexedDataset) -> PairMasker:
     """Masking with the ids of the run's tokenizer. Raises DataError where it has none of the tokens that a pair needs."""
-    # One that the user names is not compared with the recorded one: the same vocabulary may come in another file.
-    tokenizer = load_tokenizer(run.data.tokenizer) if run.data.tokenizer is not None else recorded_tokenizer(source)
+    recorded = source.metadata.tokenizer if source.metadata is not None else None
+    spec = run.data.tokenizer
+    # Another file than the recorded one is not compared with it: the same vocabulary may come in several forms.
+    tokenizer = load_tokenizer(spec) if spec is not None and spec != recorded else recorded_tokenizer(source)
     ids = pair_tokens(tokenizer)
     vocabulary = MaskingVocabulary(tokenizer.vocab_size, ids.cls, ids.sep, ids.mask, ids.pad, tokenizer.continues())
     return PairMasker(_masking_rules(run), vocabulary, run.training.seq_length)
