@@ -17,7 +17,7 @@ from megactl.cli import COMMANDS
 ROOT = Path(__file__).parents[1] / "megactl"
 TORCH = ("torch",)
 # Imported inside functions only, everywhere outside the engine; and never loaded by a --help.
-HEAVY = ("torch", "pandas", "matplotlib", "tokenizers", "transformers", "wandb", "tensorboard", "scipy")
+HEAVY = ("torch", "pandas", "matplotlib", "tokenizers", "sentencepiece", "transformers", "wandb", "tensorboard", "scipy")
 
 # What each package of ours must never import, not even inside a function. The longest matching name decides.
 FORBIDDEN: dict[str, tuple[str, ...]] = {

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +19,18 @@ from megactl.errors import DataError
 if TYPE_CHECKING:
     from megactl.storage.preprocess import PreprocessSummary
     from megactl.storage.preprocess_state import Counts
+    from megactl.storage.tokenizer_training import TrainedTokenizer
 
 app = typer.Typer(help="Turn text into token files, inspect them, train a tokenizer.", no_args_is_help=True)
+
+
+class TokenizerKind(StrEnum):
+    """What `tokenizer train` can make."""
+
+    bpe = "bpe"
+    wordpiece = "wordpiece"
+
+
 tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 
@@ -33,6 +45,13 @@ Patterns = Annotated[
     list[str] | None, typer.Option("--pattern", metavar="GLOB", help="Files to take from folders, e.g. '*.py' (repeatable).")
 ]
 EodToken = Annotated[str | None, typer.Option("--eod-token", metavar="TOKEN", help="End-of-document token, where it cannot be guessed.")]
+LowerCase = Annotated[
+    bool | None,
+    typer.Option(
+        "--lower-case/--no-lower-case",
+        help="Capitals of a vocab.txt (default: what tokenizer_config.json beside it says, else as in the vocabulary).",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -44,9 +63,15 @@ def preprocess(
     output_prefix: Annotated[
         str, typer.Option("--output-prefix", "-o", metavar="P", help="Writes P_text_document.bin, .idx and .json.")
     ] = "",
-    tokenizer: Annotated[str, typer.Option("--tokenizer", metavar="byte|PATH", help="'byte', tokenizer.json, or a folder of one.")] = "",
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", metavar="byte|PATH", help="'byte', tokenizer.json, vocab.txt, .model, or a folder.")
+    ] = "",
     workers: Annotated[int | None, typer.Option("--workers", metavar="N", help="Worker processes (default: one a core).")] = None,
     append_eod: Annotated[bool, typer.Option("--append-eod", help="End each document with the end-of-document token.")] = False,
+    split_sentences: Annotated[
+        bool, typer.Option("--split-sentences", help="For BERT: one sequence a sentence; writes P_text_sentence.bin, .idx and .json.")
+    ] = False,
+    lower_case: LowerCase = None,
     json_key: JsonKeys = ["text"],  # noqa: B006 (Typer copies it)
     as_text: AsText = False,
     pattern: Patterns = None,
@@ -67,6 +92,8 @@ def preprocess(
       megactl data preprocess --input a.jsonl.gz --input b.jsonl.zst --output-prefix web --tokenizer gpt2/ --append-eod --workers 16
 
       megactl data preprocess src/ --as-text --pattern '*.py' --pattern '*.rst' --output-prefix code --tokenizer tokenizer.json --append-eod
+
+      megactl data preprocess corpus.jsonl --output-prefix corpus --tokenizer vocab.txt --split-sentences
     """
     from megactl.storage.preprocess import PreprocessOptions
     from megactl.storage.preprocess import preprocess as run
@@ -80,6 +107,8 @@ def preprocess(
         workers=workers,
         append_eod=append_eod,
         eod_token=eod_token,
+        split_sentences=split_sentences,
+        lower_case=lower_case,
         as_text=as_text,
         patterns=tuple(pattern or ()),
         skip_bad=skip_bad,
@@ -112,6 +141,8 @@ def inspect(
 
       megactl data inspect corpus_text_document --show 2 --deep
 
+      megactl data inspect corpus_text_sentence --show 1
+
       megactl data inspect made_by_megatron_text_document --show 1 --tokenizer gpt2/ --json | jq .tokens
     """
     from megactl.storage.inspect import first_documents, report_pair
@@ -123,11 +154,22 @@ def inspect(
     if json_:
         emit_json({**asdict(report), "texts": texts})
         return
-    vocabulary = f"{report.vocab_size}, end of document {report.eod}" if report.recorded else "not recorded (no .json beside the pair)"
+    eod = f"end of document {report.eod}" if report.eod is not None else "no end-of-document token"
+    vocabulary = f"{report.vocab_size}, {eod}" if report.recorded else "not recorded (no .json beside the pair)"
+    documents = str(report.documents)
+    if report.sentences:
+        mean = report.sequences / max(report.documents, 1)
+        documents += f" of {report.sequences} sentences, {mean:.1f} each on average ({report.single_sentence_documents} of one sentence)"
+    elif report.sequences != report.documents:
+        documents += f" ({report.sequences} sequences)"
     rows = [
-        ("documents", f"{report.documents}" + (f" ({report.sequences} sequences)" if report.sequences != report.documents else "")),
+        ("documents", documents),
         ("tokens", f"{report.tokens} ({report.dtype}, {size(report.bin_bytes)})"),
-        ("length", f"mean {report.mean:.1f}, longest {report.longest} tokens, {report.empty_sequences} empty"),
+        (
+            "sentence" if report.sentences else "length",
+            f"mean {report.mean:.1f}, longest {report.longest} tokens, {report.empty_sequences} empty",
+        ),
+        *([("too long", f"{report.long_sentences} sentences: their documents give no samples")] if report.long_sentences else []),
         ("tokenizer", report.tokenizer or "not recorded"),
         ("vocabulary", vocabulary),
         *([("largest token", str(report.largest_token))] if deep else []),
@@ -142,33 +184,39 @@ def inspect(
 def train(
     files: Files = None,
     input_: Inputs = None,
-    vocab_size: Annotated[int, typer.Option("--vocab-size", metavar="N", help="Largest number of tokens, at least 257.")] = 0,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The tokenizer.json to write.")] = "",
+    vocab_size: Annotated[int, typer.Option("--vocab-size", metavar="N", help="Largest number of tokens.")] = 0,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The tokenizer.json or vocab.txt to write.")] = "",
+    kind: Annotated[TokenizerKind, typer.Option("--kind", help="bpe as for GPT-2, or wordpiece as for BERT.")] = TokenizerKind.bpe,
+    lower_case: Annotated[
+        bool | None,
+        typer.Option("--lower-case/--no-lower-case", help="wordpiece: take capitals and accents away (default: yes)."),
+    ] = None,
     json_key: Annotated[str, typer.Option("--json-key", metavar="KEY", help="Key of the text in a JSON line.")] = "text",
     as_text: AsText = False,
     pattern: Patterns = None,
     min_frequency: Annotated[int, typer.Option("--min-frequency", min=1, metavar="N", help="Merge pairs seen at least N times.")] = 2,
-    eod_token: Annotated[str, typer.Option("--eod-token", metavar="TOKEN", help="End-of-document token.")] = "<|endoftext|>",
+    eod_token: Annotated[
+        str | None, typer.Option("--eod-token", metavar="TOKEN", help="bpe: end-of-document token (default: <|endoftext|>).")
+    ] = None,
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer (GPT-2's kind) and write a tokenizer.json.
+    """Train a tokenizer: byte-level BPE (GPT-2's kind) to a tokenizer.json, or WordPiece (BERT's) to a vocab.txt.
 
     Examples:
 
       megactl data tokenizer train corpus.jsonl --vocab-size 32000 --output tokenizer.json
 
       megactl data tokenizer train src/ --as-text --pattern '*.py' --vocab-size 8192 --output tokenizer.json
-    """
-    from megactl.storage.bpe import train_bpe
 
+      megactl data tokenizer train corpus.jsonl --kind wordpiece --vocab-size 30522 --output vocab.txt
+    """
     _require({"--vocab-size": vocab_size, "--output": output})
-    trained = train_bpe(
+    trained = _trainer(kind, lower_case, eod_token)(
         _inputs(files, input_),
         vocab_size,
         output,
         json_key=json_key,
-        eod_token=eod_token,
         min_frequency=min_frequency,
         as_text=as_text,
         patterns=tuple(pattern or ()),
@@ -181,14 +229,30 @@ def train(
         emit_json(asdict(trained))
         return
     facts = f"{trained.vocab_size} tokens from {trained.text_mb:.1f} MB in {trained.seconds:.1f} s"
-    typer.echo(f"{trained.path}: {facts}; {trained.eod_token} = {trained.eod}")
+    typer.echo(f"{trained.path}: {facts}" + (f"; {trained.eod_token} = {trained.eod}" if trained.eod is not None else ""))
+
+
+def _trainer(kind: TokenizerKind, lower_case: bool | None, eod_token: str | None) -> Callable[..., TrainedTokenizer]:
+    """The function that trains this kind, with the options that belong to it alone. Raises DataError for those of the other kind."""
+    if kind is TokenizerKind.bpe:
+        from megactl.storage.bpe import train_bpe
+
+        if lower_case is not None:
+            raise DataError("--lower-case: byte-level BPE keeps text as it is", "leave it out, or use --kind wordpiece")
+        return partial(train_bpe, eod_token=eod_token) if eod_token is not None else train_bpe
+    from megactl.storage.wordpiece_training import train_wordpiece
+
+    if eod_token is not None:
+        raise DataError(f"--eod-token {eod_token}: BERT's vocabulary has no end-of-document token", "leave it out, or use --kind bpe")
+    return partial(train_wordpiece, lower_case=lower_case is not False)
 
 
 @tokenizer_app.command()
 def show(
-    spec: Annotated[str, typer.Argument(metavar="byte|PATH", help="'byte', tokenizer.json, or a folder with vocab.json and merges.txt.")],
+    spec: Annotated[str, typer.Argument(metavar="byte|PATH", help="'byte', tokenizer.json, vocab.txt, .model, or a folder.")],
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Text to tokenize.")] = None,
     eod_token: EodToken = None,
+    lower_case: LowerCase = None,
     json_: Json = False,
 ) -> None:
     """What a tokenizer is, and how it cuts a text.
@@ -197,11 +261,11 @@ def show(
 
       megactl data tokenizer show tokenizer.json "def main():"
 
-      megactl data tokenizer show byte --json
+      megactl data tokenizer show vocab.txt "unbelievable" --json
     """
     from megactl.storage.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(spec, eod_token=eod_token)
+    tokenizer = load_tokenizer(spec, eod_token=eod_token, lower_case=lower_case)
     facts = tokenizer.describe()
     ids = tokenizer.encode(text) if text is not None else None
     pieces = [tokenizer.decode([token]) for token in ids] if ids is not None else None
@@ -210,7 +274,13 @@ def show(
         return
     eod = f"{facts['eod']} {facts['eod_token']}" if facts["eod"] is not None else "unknown (name it with --eod-token)"
     rows = [("kind", facts["kind"]), ("path", facts["path"]), ("sha256", facts["sha256"] or "-")]
-    typer.echo("\n".join(columns([*rows, ("vocabulary", str(facts["vocab_size"])), ("end of document", eod)])))
+    rows += [("vocabulary", str(facts["vocab_size"])), ("end of document", eod)]
+    if facts["special_tokens"]:
+        rows.append(("special", ", ".join(f"{role} {number}" for role, number in facts["special_tokens"].items())))
+    if "cleaning" in facts:
+        cleaning = facts["cleaning"]
+        rows.append(("case", f"{'lower' if cleaning['lower_case'] else 'as written'} ({cleaning['source']})"))
+    typer.echo("\n".join(columns(rows)))
     if ids is not None and pieces is not None:
         typer.echo(f"{len(ids)} tokens: " + " ".join(f"{token}:{printable(piece)!r}" for token, piece in zip(ids, pieces, strict=True)))
 
@@ -230,13 +300,15 @@ def _require(options: dict[str, object]) -> None:
 def _print_summary(summary: PreprocessSummary) -> None:
     for prefix in summary.outputs:
         typer.echo(f"{prefix}.bin, .idx, .json")
-    facts = f"{summary.documents} documents, {summary.tokens} tokens ({summary.dtype})"
+    sentences = f"{summary.sentences} sentences, " if summary.sentences is not None else ""
+    facts = f"{summary.documents} documents, {sentences}{summary.tokens} tokens ({summary.dtype})"
     if summary.already_done:
         typer.echo(f"{facts}; nothing was left to do")
         return
     resumed = f", {summary.resumed_documents} of them by an interrupted run" if summary.resumed_documents else ""
     empty = f"; {summary.empty_documents} empty documents left out" if summary.empty_documents else ""
-    typer.echo(f"{facts}{resumed}{empty}")
+    cut = f"; {summary.cut_sentences} sentences of more than 512 tokens cut" if summary.cut_sentences else ""
+    typer.echo(f"{facts}{resumed}{empty}{cut}")
     typer.echo(
         f"{summary.seconds:.1f} s with {summary.workers} workers: {summary.documents_per_s:.0f} documents/s, {summary.mb_per_s:.2f} MB/s"
     )

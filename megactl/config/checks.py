@@ -38,6 +38,7 @@ _AT_LEAST: dict[str, tuple[int, str]] = {
     "optimizer.clip_grad": (0, "use 0 for no clipping"),
     "optimizer.lr_decay_iterations": (1, "leave it out for --iterations"),
     "optimizer.wsd_decay_iterations": (1, "leave it out for a tenth of the decay"),
+    "data.mask_ngrams": (1, "use 1 for single words"),
     "checkpoint.save_interval": (0, "use 0 to save at the end only"),
     "checkpoint.keep_checkpoints": (0, "use 0 to keep all"),
     "logging.log_interval": (1, "use 1 for a line every iteration"),
@@ -76,10 +77,19 @@ def _ranges(names: Names) -> Iterator[tuple[str, Problem]]:
         setting = all_settings()[name]
         if not 0 <= setting.read(names.run) < 1:
             yield name, Problem(names.show(name), "must be at least 0 and below 1", f"such as {setting.default or 0.1:g}")
+    yield from _mask_ranges(names)
     if names.run.parallel.zero not in (None, 0, 1):
         yield "parallel.zero", Problem(names.show("parallel.zero"), "this version has ZeRO stages 0 and 1", "use --zero 1")
     if names.run.training.seed > _MAX_SEED:
         yield "training.seed", Problem(names.show("training.seed"), f"must be at most {_MAX_SEED}", "use a smaller number")
+
+
+def _mask_ranges(names: Names) -> Iterator[tuple[str, Problem]]:
+    data = names.run.data
+    if not 0 < data.mask_probability < 1:
+        yield "data.mask_probability", Problem(names.show("data.mask_probability"), "must be above 0 and below 1", "such as 0.15")
+    if not 0 <= data.short_seq_probability <= 1:
+        yield "data.short_seq_probability", Problem(names.show("data.short_seq_probability"), "must be from 0 to 1", "such as 0.1")
 
 
 def _texts(names: Names) -> Iterator[tuple[str, Problem]]:
@@ -162,6 +172,13 @@ def _pipeline_parallel(names: Names) -> Iterator[Problem]:
         yield Problem(show("parallel.pipeline_parallel"), rule, instead)
 
 
+def _pair_length(names: Names) -> Iterator[Problem]:
+    run, least = names.run, 8
+    if run.model.architecture == "bert" and run.training.seq_length < least:
+        rule = "is too short for [CLS] A [SEP] B [SEP]"
+        yield Problem(names.show("training.seq_length"), rule, f"use --seq-length {least} or more")
+
+
 def _min_lr(names: Names) -> Iterator[Problem]:
     optimizer, show = names.run.optimizer, names.show
     if optimizer.min_lr > optimizer.lr:
@@ -221,6 +238,7 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_positions, ("model.max_positions", "training.seq_length")),
     (_tensor_parallel, ("model.num_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel")),
+    (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),
     (_decay, ("optimizer.warmup", "training.iterations", "optimizer.lr_decay_iterations", "optimizer.wsd_decay_iterations")),
     (_rampup, ("training.rampup_batch_size", "training.global_batch_size")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from megactl.config.schema import Run
+from megactl.config.schema import Data, Run
 from megactl.config.shown import Names
 from megactl.errors import Problem
 
@@ -18,6 +18,29 @@ class Refusal:
     applies: Callable[[Run], bool]
     reason: str
     instead: str
+
+
+_FOR_BERT = {
+    "data.mask_probability": "GPT predicts every token and masks none",
+    "data.mask_ngrams": "GPT predicts every token and masks none",
+    "data.whole_word_masking": "GPT predicts every token and masks none",
+    "data.short_seq_probability": "GPT samples are cut from running text, and all of one length",
+    "data.sentence_task": "GPT has no sentence pairs",
+}
+_FOR_GPT = {
+    "data.reset_position_ids": "BERT's samples are pairs of sentences, without end-of-document tokens",
+    "data.reset_attention_mask": "BERT's samples are pairs of sentences, without end-of-document tokens",
+    "data.eod_mask_loss": "BERT's loss is on masked tokens alone",
+}
+
+
+def _only_for(name: str, architecture: str, reason: str) -> Refusal:
+    """A setting of the data that the other model has no use for."""
+    key = name.partition(".")[2]
+    default = Data.__dataclass_fields__[key].default
+    flag = Data.__dataclass_fields__[key].metadata["flags"][0].partition("/")[0]
+    applies = lambda run: run.model.architecture != architecture and getattr(run.data, key) != default  # noqa: E731
+    return Refusal((name, "model.architecture"), applies, reason, f"use --model {architecture}, or leave {flag} out")
 
 
 REFUSED: tuple[Refusal, ...] = (
@@ -81,6 +104,14 @@ REFUSED: tuple[Refusal, ...] = (
         "generated tokens have no sample index to keep",
         "leave --data-cache out",
     ),
+    Refusal(
+        ("data.sentence_task", "model.sentence_head"),
+        lambda run: run.model.architecture == "bert" and run.data.sentence_task != "sop" and run.model.sentence_head is False,
+        "without the sentence head a sample is one part, and there is no task",
+        "leave --no-sentence-head out, or --sentence-task",
+    ),
+    *(_only_for(name, "bert", reason) for name, reason in _FOR_BERT.items()),
+    *(_only_for(name, "gpt", reason) for name, reason in _FOR_GPT.items()),
 )
 
 

@@ -136,7 +136,7 @@ class Data:
     mock_data: bool = setting(False, "train on generated tokens", flags=("--mock-data",))
     tokenizer: str | None = setting(
         None,
-        "'byte', tokenizer.json, or a folder with vocab.json and merges.txt (default: the one recorded with the data)",
+        "'byte', tokenizer.json, vocab.txt, a SentencePiece .model, or a folder with one of them (default: recorded with the data)",
         flags=("--tokenizer",),
     )
     split: str = setting("969,30,1", "shares of the documents for train, valid, test", flags=("--split",))
@@ -146,6 +146,20 @@ class Data:
     reset_position_ids: bool = setting(False, "restart positions after each end-of-document token", flags=("--reset-position-ids",))
     reset_attention_mask: bool = setting(False, "no attention across documents", flags=("--reset-attention-mask",))
     eod_mask_loss: bool = setting(False, "no loss on end-of-document tokens", flags=("--eod-mask-loss",))
+    mask_probability: float = setting(0.15, "BERT: share of the tokens to predict", flags=("--mask-prob", "--mask-probability"))
+    mask_ngrams: int = setting(3, "BERT: mask up to N neighbouring words at a time, n of them with weight 1/n", flags=("--mask-ngrams",))
+    whole_word_masking: bool = setting(
+        True, "BERT: mask the pieces of a word together", flags=("--whole-word-masking/--no-whole-word-masking",)
+    )
+    short_seq_probability: float = setting(
+        0.1, "BERT: share of samples that aim at a shorter length", flags=("--short-seq-prob", "--short-seq-probability")
+    )
+    sentence_task: str = setting(
+        "sop",
+        "BERT: half of the pairs are in reverse order (sop), or go on in another document (nsp)",
+        flags=("--sentence-task",),
+        choices=("sop", "nsp"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

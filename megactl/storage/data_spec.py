@@ -86,3 +86,13 @@ def recorded_metadata(text: str) -> DatasetMetadata | None:
             rule = f"was made with {metadata.tokenizer} ({metadata.vocab_size} tokens), {other}"
             raise DataError(f"{prefix}: {rule}", "preprocess them with one tokenizer")
     return found[0][1] if len(found) == len(prefixes) else None
+
+
+def check_form(prefix: Path, architecture: str, *, sentences: bool) -> None:
+    """Raise DataError where a pair's sequences are not what the model is trained on: sentences for BERT, documents for GPT."""
+    if architecture == "bert" and not sentences:
+        rule = "its sequences are whole documents, and BERT's samples are put together from sentences"
+        raise DataError(f"{prefix}: {rule}", "preprocess the text with --split-sentences, which writes ..._sentence.bin and .idx")
+    if architecture != "bert" and sentences:
+        rule = "its sequences are sentences (it was made with --split-sentences), and GPT is trained on running text"
+        raise DataError(f"{prefix}: {rule}", "preprocess the text without --split-sentences, or use --model bert")

@@ -19,7 +19,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetMetadata:
-    """The content of `P.json`. `checksums`: sha256 of "bin" and "idx"; `made_by`: fingerprint of the preprocessing that wrote the pair."""
+    """The content of `P.json`. `checksums`: sha256 of "bin" and "idx"; `made_by`: fingerprint of the preprocessing that wrote the pair.
+
+    `split_sentences`: a sequence is a sentence, not a document; None in files older than that key.
+    """
 
     tokenizer: str
     tokenizer_sha256: str | None
@@ -34,6 +37,7 @@ class DatasetMetadata:
     sources: list[str] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
     made_by: str | None = None
+    split_sentences: bool | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -81,6 +85,8 @@ def _checked(document: Any, path: Path) -> DatasetMetadata:
     for key, kind in kinds.items():
         if not isinstance(document.get(key), kind):
             raise DataError(f"{path}: {key} = {document.get(key)!r}; must be a {kind.__name__}", hint)
+    if not isinstance(document.get("split_sentences"), bool | None):
+        raise DataError(f"{path}: split_sentences = {document['split_sentences']!r}; must be true, false or null", hint)
     # Keys added by later versions of the same schema are left alone.
     known = {item.name for item in dataclasses.fields(DatasetMetadata)}
-    return DatasetMetadata(**{"tokenizer_sha256": None, **{key: value for key, value in document.items() if key in known}})
+    return DatasetMetadata(**{"tokenizer_sha256": None, "eod": None, **{key: value for key, value in document.items() if key in known}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,6 +18,8 @@ import numpy as np
 
 from megactl.errors import DataError
 from megactl.storage.indexed_format import token_dtype
+from megactl.storage.sentence_index import LONG_SENTENCE
+from megactl.storage.sentences import split_sentences
 from megactl.storage.text import Chunk, Source, read_text
 from megactl.storage.tokenizer import Tokenizer, load_tokenizer
 
@@ -35,18 +38,25 @@ class EncoderConfig:
     json_keys: tuple[str, ...]
     append_eod: bool
     skip_bad: bool
+    split_sentences: bool = False
+    lower_case: bool | None = None
 
 
 @dataclass
 class Encoded:
-    """The result of one chunk: for each key tokens [n] and document lengths int32 [d]; and what was counted on the way."""
+    """The result of one chunk: for each key tokens [n], sequence lengths int32 [s] and sequences of each document int32 [d]; and counts.
+
+    `cut`: sentences that were cut because they are too long for BERT's samples.
+    """
 
     tokens: list[np.ndarray]
     lengths: list[np.ndarray]
+    documents: list[np.ndarray]
     text_bytes: int = 0
     bad: int = 0
     first_bad: str | None = None
     empty: int = 0
+    cut: int = 0
 
 
 @dataclass
@@ -56,14 +66,15 @@ class _Column:
     texts: list[str] = field(default_factory=list)
     arrays: list[np.ndarray] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
 
 
 def encode_chunk(config: EncoderConfig, chunk: Chunk) -> Encoded:
     """Tokenize a chunk. Raises DataError naming file and line for what cannot be read, unless `skip_bad` counts it."""
-    tokenizer = _tokenizer(config.tokenizer, config.eod_token)
+    tokenizer = _tokenizer(config.tokenizer, config.eod_token, config.lower_case)
     dtype = token_dtype(tokenizer.vocab_size)
     columns = [_Column() for _ in config.json_keys]
-    result = Encoded([], [])
+    result = Encoded([], [], [])
     pending = 0
     for where, document in _documents(config, chunk):
         try:
@@ -84,6 +95,7 @@ def encode_chunk(config: EncoderConfig, chunk: Chunk) -> Encoded:
     _encode(config, tokenizer, dtype, columns, result)
     result.tokens = [np.concatenate(column.arrays) if column.arrays else np.zeros(0, dtype) for column in columns]
     result.lengths = [np.array(column.lengths, np.int32) for column in columns]
+    result.documents = [np.array(column.documents, np.int32) for column in columns]
     return result
 
 
@@ -134,23 +146,45 @@ def _encode(config: EncoderConfig, tokenizer: Tokenizer, dtype: np.dtype, column
     """Tokenize the waiting texts of every column. A document without tokens would be a sample of nothing: it is counted and left out."""
     for column in columns:
         texts, column.texts = column.texts, []
-        for ids, text in zip(tokenizer.encode_batch(texts), texts, strict=True):
-            result.text_bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
-            if not len(ids):
+        result.text_bytes += sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)
+        for sequences in _sentences(tokenizer, texts, result) if config.split_sentences else _whole(tokenizer, texts):
+            if not sequences:
                 result.empty += 1
                 continue
-            if len(ids) >= _LONGEST:
-                raise DataError(f"a document has {len(ids)} tokens; an index holds at most {_LONGEST} a document", "split the file")
-            column.arrays.append(ids.astype(dtype))
-            column.lengths.append(len(ids) + config.append_eod)
             if config.append_eod:
-                column.arrays.append(np.array([tokenizer.eod], dtype))
+                sequences.append(np.array([tokenizer.eod], dtype))
+            column.arrays += [ids.astype(dtype) for ids in sequences]
+            column.lengths += [len(ids) for ids in sequences] if config.split_sentences else [sum(map(len, sequences))]
+            column.documents.append(len(sequences) if config.split_sentences else 1)
+
+
+def _whole(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[np.ndarray]]:
+    """The tokens of each text; an empty list where it has none."""
+    for ids in tokenizer.encode_batch(texts):
+        if len(ids) >= _LONGEST:
+            raise DataError(f"a document has {len(ids)} tokens; an index holds at most {_LONGEST} a document", "split the file")
+        yield [ids] if len(ids) else []
+
+
+def _sentences(tokenizer: Tokenizer, texts: list[str], result: Encoded) -> Iterator[list[np.ndarray]]:
+    """The sentences of each text that have tokens. A longer one than a sample may hold is cut into equal parts: BERT's sample index leaves
+    out documents that have one.
+    """
+    sentences = [split_sentences(text) for text in texts]
+    encoded = iter(tokenizer.encode_batch([sentence for document in sentences for sentence in document]))
+    for document in sentences:
+        found = []
+        for ids in itertools.islice(encoded, len(document)):
+            parts = -(-len(ids) // LONG_SENTENCE)
+            result.cut += parts > 1
+            found += np.array_split(ids, parts) if parts > 1 else [ids] * parts
+        yield found
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(spec: str, eod_token: str | None) -> Tokenizer:
+def _tokenizer(spec: str, eod_token: str | None, lower_case: bool | None) -> Tokenizer:
     """Loaded once in each process: reading a large vocabulary costs more than a chunk."""
-    return load_tokenizer(spec, eod_token=eod_token)
+    return load_tokenizer(spec, eod_token=eod_token, lower_case=lower_case)
 
 
 @contextmanager

@@ -43,6 +43,12 @@ class IndexedDataset:
         """Documents: runs of sequences."""
         return len(self.documents) - 1
 
+    @property
+    def holds_sentences(self) -> bool:
+        """Whether a sequence is a sentence: as recorded, or where nothing is recorded because some document has several sequences."""
+        recorded = self.metadata.split_sentences if self.metadata is not None else None
+        return recorded if recorded is not None else len(self) > int(np.count_nonzero(np.diff(self.documents)))
+
     def sequence(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of one sequence: a read-only view in the file's data type. Raises IndexError out of range."""
         if not 0 <= index < len(self.lengths):
@@ -54,15 +60,20 @@ class IndexedDataset:
         first = int(self.offsets[index]) // self.dtype.itemsize
         return self._tokens[first + start : first + stop]
 
-    def document(self, index: int) -> np.ndarray:
-        """Every token of one document, a view."""
-        if not 0 <= index < self.num_documents:
-            raise IndexError(f"document {index} of {self.num_documents}")
-        first, last = int(self.documents[index]), int(self.documents[index + 1])
+    def sequences(self, first: int, last: int) -> np.ndarray:
+        """Every token of sequences [first, last), which lie one after another: a read-only view. Raises IndexError out of range."""
+        if not 0 <= first <= last <= len(self.lengths):
+            raise IndexError(f"sequences {first} to {last} of {len(self.lengths)}")
         if first == last:
             return self._tokens[:0]
         start, end = int(self.offsets[first]), int(self.offsets[last - 1]) + int(self.lengths[last - 1]) * self.dtype.itemsize
         return self._tokens[start // self.dtype.itemsize : end // self.dtype.itemsize]
+
+    def document(self, index: int) -> np.ndarray:
+        """Every token of one document, a view."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} of {self.num_documents}")
+        return self.sequences(int(self.documents[index]), int(self.documents[index + 1]))
 
     def blocks(self, tokens: int = 1 << 22) -> list[tuple[int, int]]:
         """Token ranges that cover the .bin, for a scan with bounded memory (see `token_range`)."""

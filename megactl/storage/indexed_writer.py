@@ -51,10 +51,15 @@ class IndexedWriter:
             "documents": prefix.with_name(prefix.name + ".documents.partial"),
         }
 
-    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents of one sequence each: `tokens` [sum of lengths] in the writer's data type, `lengths` int32 [n]."""
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray, sequences: np.ndarray | None = None) -> None:
+        """Append documents: `tokens` [sum of lengths] in the writer's data type, `lengths` int32 [n] of the sequences.
+
+        `sequences` [documents]: how many sequences each document has, summing to n; None: one each.
+        """
         assert tokens.dtype == self.dtype and tokens.size == int(lengths.sum(dtype=np.int64))
-        ends = np.arange(1, len(lengths) + 1, dtype="<i8") + self._position.sequences
+        counts = np.ones(len(lengths), np.int64) if sequences is None else sequences
+        assert int(counts.sum(dtype=np.int64)) == len(lengths)
+        ends = (np.cumsum(counts, dtype=np.int64) + self._position.sequences).astype("<i8")
         self._append(tokens, lengths.astype("<i4"), ends)
 
     def add_sequence(self, tokens: np.ndarray) -> None:

@@ -12,12 +12,17 @@ from megactl.errors import DataError
 from megactl.storage.dataset_metadata import DatasetMetadata
 from megactl.storage.indexed import IndexedDataset, file_sha256
 from megactl.storage.indexed_format import bin_path, idx_path
+from megactl.storage.sentence_index import LONG_SENTENCE
 from megactl.storage.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairReport:
-    """Facts of a pair. Lengths are in tokens; `recorded` is False for a pair without `P.json`, whose tokenizer is unknown (None)."""
+    """Facts of a pair. Lengths are in tokens; `recorded` is False for a pair without `P.json`, whose tokenizer is unknown (None).
+
+    `sentences`: a sequence is a sentence; the two counts after it are None where it is not. `long_sentences` are longer than BERT's
+    samples may hold: documents with one are left out of them.
+    """
 
     prefix: str
     documents: int
@@ -28,6 +33,9 @@ class PairReport:
     longest: int
     mean: float
     empty_sequences: int
+    sentences: bool
+    single_sentence_documents: int | None
+    long_sentences: int | None
     recorded: bool
     tokenizer: str | None
     vocab_size: int | None
@@ -66,6 +74,9 @@ def report_pair(prefix: str | Path, *, deep: bool = False, progress: Callable[[s
         longest=int(data.lengths.max()) if len(data) else 0,
         mean=data.num_tokens / len(data) if len(data) else 0.0,
         empty_sequences=len(data) - int(np.count_nonzero(data.lengths)),
+        sentences=data.holds_sentences,
+        single_sentence_documents=int(np.count_nonzero(np.diff(data.documents) == 1)) if data.holds_sentences else None,
+        long_sentences=int(np.count_nonzero(data.lengths > LONG_SENTENCE)) if data.holds_sentences else None,
         recorded=metadata is not None,
         tokenizer=metadata.tokenizer if metadata else None,
         vocab_size=metadata.vocab_size if metadata else None,
@@ -77,10 +88,23 @@ def report_pair(prefix: str | Path, *, deep: bool = False, progress: Callable[[s
 
 
 def first_documents(prefix: str | Path, count: int, tokenizer: str | None = None, *, longest: int = 2000) -> list[str]:
-    """The text of the first documents, at most `longest` tokens of each, by the recorded tokenizer or the one given."""
+    """The text of the first documents, at most `longest` tokens of each, by the recorded tokenizer or the one given; a line a sentence."""
     data = IndexedDataset(prefix)
     decoder = recorded_tokenizer(data, tokenizer)
-    return [decoder.decode(data.document(i)[:longest].tolist()) for i in range(min(count, data.num_documents))]
+    if not data.holds_sentences:
+        return [decoder.decode(data.document(i)[:longest].tolist()) for i in range(min(count, data.num_documents))]
+    return [_sentence_lines(data, i, decoder, longest) for i in range(min(count, data.num_documents))]
+
+
+def _sentence_lines(data: IndexedDataset, document: int, decoder: Tokenizer, longest: int) -> str:
+    lines, shown = [], 0
+    for sentence in range(int(data.documents[document]), int(data.documents[document + 1])):
+        tokens = data.sequence(sentence)[: longest - shown]
+        if not len(tokens):
+            break
+        lines.append(decoder.decode(tokens.tolist()))
+        shown += len(tokens)
+    return "\n".join(lines)
 
 
 def recorded_tokenizer(data: IndexedDataset, spec: str | None = None) -> Tokenizer:

@@ -33,6 +33,7 @@ from megactl.storage.indexed import file_sha256
 from megactl.storage.indexed_format import bin_path, idx_path, token_dtype
 from megactl.storage.indexed_writer import IndexedWriter, complete_pair, remove_partials
 from megactl.storage.preprocess_state import Counts, State, load_state, save_state
+from megactl.storage.sentence_index import LONG_SENTENCE
 from megactl.storage.text import Chunk, Position, Source, find_sources, read_chunks
 from megactl.storage.tokenizer import Tokenizer, load_tokenizer
 
@@ -43,7 +44,10 @@ _REPORT_EVERY_S = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """What to preprocess and how. `workers` None: one for each core this process may use."""
+    """What to preprocess and how. `workers` None: one for each core this process may use.
+
+    `split_sentences`: a sequence for each sentence, for BERT. `lower_case`: see `load_tokenizer`.
+    """
 
     inputs: tuple[str, ...]
     output_prefix: str
@@ -52,6 +56,8 @@ class PreprocessOptions:
     workers: int | None = None
     append_eod: bool = False
     eod_token: str | None = None
+    split_sentences: bool = False
+    lower_case: bool | None = None
     as_text: bool = False
     patterns: tuple[str, ...] = ()
     skip_bad: bool = False
@@ -62,7 +68,10 @@ class PreprocessOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSummary:
-    """The result. Rates are those of this call; `resumed_documents` were done by an earlier one."""
+    """The result. Rates are those of this call; `resumed_documents` were done by an earlier one.
+
+    `sentences` None: text was not split. `cut_sentences`: those longer than `sentence_index.LONG_SENTENCE` tokens.
+    """
 
     outputs: tuple[str, ...]
     documents: int
@@ -74,6 +83,8 @@ class PreprocessSummary:
     bad_documents: int
     first_bad: str | None
     empty_documents: int
+    sentences: int | None
+    cut_sentences: int
     resumed_documents: int
     already_done: bool
     workers: int
@@ -106,7 +117,9 @@ def preprocess(
     progress: Callable[[Counts], None] = lambda counts: None,
     log: Callable[[str], None] = lambda message: None,
 ) -> PreprocessSummary:
-    """Write `<output_prefix>_<key>_document.bin/.idx/.json` for each JSON key. Repeated after success it finds the pairs done.
+    """Write `<output_prefix>_<key>_document.bin/.idx/.json` (`_sentence` where text is split) for each JSON key.
+
+    Repeated after success it finds the pairs done.
 
     Raises DataError for input that cannot be read, for outputs made from something else (unless `overwrite`) and for another run at work
     on the same prefix; RunError where a worker dies or the disk fills up.
@@ -130,9 +143,9 @@ def preprocess(
     return _summary(job, state.counts, resumed, started)
 
 
-def output_prefix(prefix: str, key: str) -> Path:
+def output_prefix(prefix: str, key: str, *, split_sentences: bool = False) -> Path:
     """Megatron's name of the pair for one JSON key."""
-    return Path(f"{prefix}_{key}_document")
+    return Path(f"{prefix}_{key}_{'sentence' if split_sentences else 'document'}")
 
 
 def usable_cores() -> int:
@@ -150,17 +163,26 @@ def _prepare(options: PreprocessOptions, log: Callable[[str], None]) -> _Job:
             f"--json-key {', '.join(keys) or 'of nothing'}: keys must be named, different, and usable in a file name",
             "e.g. --json-key text",
         )
-    tokenizer = load_tokenizer(options.tokenizer, eod_token=options.eod_token)
+    if options.split_sentences and options.append_eod:
+        rule = "sentences are for BERT, whose samples end with [SEP]; a token at the end of a document means nothing to it"
+        raise DataError(f"--append-eod with --split-sentences: {rule}", "leave --append-eod out")
+    tokenizer = load_tokenizer(options.tokenizer, eod_token=options.eod_token, lower_case=options.lower_case)
     description = tokenizer.describe()
+    if "cleaning" in description:
+        cleaning = description["cleaning"]
+        log(f"{options.tokenizer}: {'lower' if cleaning['lower_case'] else 'upper and lower'} case ({cleaning['source']})")
     if options.append_eod:
         _ = tokenizer.eod  # raises here rather than in a worker
     sources = find_sources(options.inputs, as_text=options.as_text, patterns=options.patterns)
-    outputs = [output_prefix(options.output_prefix, key) for key in keys]
+    outputs = [output_prefix(options.output_prefix, key, split_sentences=options.split_sentences) for key in keys]
     identity = {
         "version": STATE_VERSION,
         "sources": [dataclasses.astuple(source) for source in sources],
         "tokenizer": [description["kind"], description["sha256"], description["eod"]],
         "options": [keys, options.append_eod, options.skip_bad],
+        # Only where they are in use, so that what was done before they existed is still known as done.
+        **({"sentences": LONG_SENTENCE} if options.split_sentences else {}),
+        **({"cleaning": [value for key, value in description["cleaning"].items() if key != "source"]} if "cleaning" in description else {}),
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     state_path = Path(f"{options.output_prefix}.preprocess-state.json")
@@ -223,7 +245,8 @@ def _made_by(prefix: Path) -> str | None:
 
 def _recorded_counts(job: _Job) -> Counts:
     recorded = [metadata for prefix in job.outputs if (metadata := read_metadata(prefix)) is not None]
-    return Counts(documents=max(item.documents for item in recorded), tokens=sum(item.tokens for item in recorded))
+    documents, tokens = max(item.documents for item in recorded), sum(item.tokens for item in recorded)
+    return Counts(documents=documents, tokens=tokens, sentences=sum(item.sequences for item in recorded))
 
 
 def _tokenize(job: _Job, state: State, progress: Callable[[Counts], None]) -> State:
@@ -255,16 +278,18 @@ def _tokenize(job: _Job, state: State, progress: Callable[[Counts], None]) -> St
 
 def _append(state: State, writers: list[IndexedWriter], chunk: Chunk, encoded: Encoded) -> State:
     """Write one chunk's result; returns the state after it."""
-    for writer, tokens, lengths in zip(writers, encoded.tokens, encoded.lengths, strict=True):
-        writer.add_documents(tokens, lengths)
+    for writer, tokens, lengths, documents in zip(writers, encoded.tokens, encoded.lengths, encoded.documents, strict=True):
+        writer.add_documents(tokens, lengths, documents)
     was = state.counts
     counts = Counts(
-        documents=was.documents + max(len(lengths) for lengths in encoded.lengths),
+        documents=was.documents + max(len(documents) for documents in encoded.documents),
         tokens=was.tokens + sum(tokens.size for tokens in encoded.tokens),
         text_bytes=was.text_bytes + encoded.text_bytes,
         bad=was.bad + encoded.bad,
         first_bad=was.first_bad or encoded.first_bad,
         empty=was.empty + encoded.empty,
+        sentences=was.sentences + sum(len(lengths) for lengths in encoded.lengths),
+        cut=was.cut + encoded.cut,
         disk_bytes=chunk.disk_bytes,
         disk_total=was.disk_total,
     )
@@ -275,7 +300,15 @@ def _encoded_chunks(job: _Job, start: Position) -> Iterator[tuple[Chunk, Encoded
     """Chunks with their results, in the order of the input."""
     options = job.options
     spec = options.tokenizer if options.tokenizer == "byte" else os.path.abspath(options.tokenizer)
-    config = EncoderConfig(spec, options.eod_token, options.json_keys, options.append_eod, options.skip_bad)
+    config = EncoderConfig(
+        tokenizer=spec,
+        eod_token=options.eod_token,
+        json_keys=options.json_keys,
+        append_eod=options.append_eod,
+        skip_bad=options.skip_bad,
+        split_sentences=options.split_sentences,
+        lower_case=options.lower_case,
+    )
     chunks = read_chunks(job.sources, start, options.chunk_bytes)
     # A process takes a fifth of a second to start: not worth it for input that is encoded in less.
     if job.workers == 1 or sum(source.size for source in job.sources) <= 2 * options.chunk_bytes:
@@ -333,6 +366,7 @@ def _complete(job: _Job, state: State) -> None:
                 sources=_source_names(job),
                 checksums=checksums,
                 made_by=job.fingerprint,
+                split_sentences=job.options.split_sentences,
             ),
         )
     # Last, and the lists before the state: the lists are what a repeated completion reads.
@@ -360,6 +394,8 @@ def _summary(job: _Job, counts: Counts, resumed: Counts, started: float, *, alre
         bad_documents=counts.bad,
         first_bad=counts.first_bad,
         empty_documents=counts.empty,
+        sentences=counts.sentences if job.options.split_sentences else None,
+        cut_sentences=counts.cut,
         resumed_documents=resumed.documents,
         already_done=already_done,
         workers=job.workers,

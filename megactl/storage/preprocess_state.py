@@ -25,6 +25,8 @@ class Counts:
     bad: int = 0
     first_bad: str | None = None
     empty: int = 0
+    sentences: int = 0
+    cut: int = 0
     disk_bytes: int = 0
     disk_total: int = 0
 

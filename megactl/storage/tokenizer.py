@@ -1,4 +1,4 @@
-"""Text to token ids: a built-in byte tokenizer, and byte-level BPE files through the `tokenizers` library. Local files only."""
+"""Text to token ids: a built-in byte tokenizer, and files of the kinds in use, through the libraries that read them. Local files only."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megactl.errors import DataError, MegactlError
+from megactl.errors import DataError
+from megactl.storage.libraries import tokenizers_library
+from megactl.storage.sentencepiece_model import WORD_START, SentencePieceTokenizer
+from megactl.storage.special_tokens import EOD_NAMES, continues_words, find_special_tokens
+from megactl.storage.wordpiece import WordPieceTokenizer
 
-EOD_NAMES = ("<|endoftext|>", "</s>")
-_SPECS = "use 'byte', a tokenizer.json, or a folder with vocab.json and merges.txt"
+_SPECS = "use 'byte', a tokenizer.json, vocab.txt or SentencePiece .model, or a folder with one of them or with vocab.json and merges.txt"
+# Byte-level BPE writes the space that starts a word as this character.
+_BYTE_LEVEL_SPACE = "\u0120"
 
 
 class Tokenizer(Protocol):
@@ -39,8 +44,14 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD, end-of-document tokens their name."""
 
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the roles pad, unk, cls, sep, mask, as far as the vocabulary has them (see `special_tokens.ROLES`)."""
+
+    def continues(self) -> np.ndarray | None:
+        """bool [vocab_size], True where a token goes on with the word before it; None where tokens do not show words."""
+
     def describe(self) -> dict[str, Any]:
-        """kind, path, sha256 of the files, vocab_size, eod (None where unknown) and eod_token."""
+        """kind, path, sha256 of the files, vocab_size, eod (None where unknown), eod_token and special_tokens."""
 
 
 class ByteTokenizer:
@@ -72,9 +83,18 @@ class ByteTokenizer:
                 run.clear()
         return "".join([*parts, run.decode("utf-8", "replace")])
 
+    def special_tokens(self) -> dict[str, int]:
+        """See Tokenizer.special_tokens: there are none."""
+        return {}
+
+    def continues(self) -> None:
+        """See Tokenizer.continues: a byte says nothing of words."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """See Tokenizer.describe."""
-        return {"kind": "byte", "path": "byte", "sha256": None, "vocab_size": 257, "eod": 256, "eod_token": EOD_NAMES[0]}
+        facts = {"kind": "byte", "path": "byte", "sha256": None, "vocab_size": 257, "eod": 256, "eod_token": EOD_NAMES[0]}
+        return {**facts, "special_tokens": {}}
 
 
 class FileTokenizer:
@@ -122,6 +142,21 @@ class FileTokenizer:
             raise DataError(f"token {bad}: {self.spec} has ids 0 to {self.vocab_size - 1}", "use the tokenizer that made these tokens")
         return self._inner.decode(values, skip_special_tokens=False)
 
+    def special_tokens(self) -> dict[str, int]:
+        """See Tokenizer.special_tokens."""
+        return find_special_tokens(self._inner.token_to_id)
+
+    def continues(self) -> np.ndarray | None:
+        """See Tokenizer.continues, by the mark that the file's kind of model sets on tokens."""
+        vocabulary: dict[str, int] = self._inner.get_vocab(with_added_tokens=True)
+        document = json.loads(self._inner.to_str())
+        model = document["model"]
+        if model["type"] == "WordPiece":
+            return continues_words(vocabulary, self.vocab_size, prefix=model["continuing_subword_prefix"])
+        before = json.dumps([document["pre_tokenizer"], document["normalizer"]])
+        marks = [mark for name, mark in (("ByteLevel", _BYTE_LEVEL_SPACE), ("Metaspace", WORD_START)) if f'"{name}"' in before]
+        return continues_words(vocabulary, self.vocab_size, word_start=marks[0]) if marks else None
+
     def describe(self) -> dict[str, Any]:
         """See Tokenizer.describe."""
         digest = hashlib.sha256()
@@ -136,15 +171,20 @@ class FileTokenizer:
             "vocab_size": self.vocab_size,
             "eod": self._eod,
             "eod_token": self._eod_token,
+            "special_tokens": self.special_tokens(),
         }
 
 
-def load_tokenizer(spec: str | Path, *, eod_token: str | None = None) -> Tokenizer:
+def load_tokenizer(spec: str | Path, *, eod_token: str | None = None, lower_case: bool | None = None) -> Tokenizer:
     """The tokenizer named `byte`, or read from a file or folder. `eod_token` names the end-of-document token where it cannot be guessed.
 
-    Raises DataError for files that are missing, empty, truncated or damaged, MegactlError where the `tokenizers` library is missing.
+    `lower_case`: whether a vocab.txt is for text without capitals, where neither it nor a tokenizer_config.json beside it says so.
+    Raises DataError for files that are missing, empty, truncated or damaged, MegactlError where the library they need is missing.
     """
     text = str(spec)
+    if lower_case is not None and not _is_wordpiece(text):
+        flag = "--lower-case" if lower_case else "--no-lower-case"
+        raise DataError(f"{flag}: {text} says itself how it treats capitals; only a vocab.txt does not", f"leave {flag} out")
     if text == "byte":
         if eod_token is not None:
             raise DataError(
@@ -156,6 +196,10 @@ def load_tokenizer(spec: str | Path, *, eod_token: str | None = None) -> Tokeniz
         path = _file_in_folder(path)
     if not path.exists():
         raise DataError(f"tokenizer {text!r}: does not exist", _SPECS)
+    if path.suffix == ".txt" and not path.name.endswith("merges.txt"):
+        return WordPieceTokenizer(text, path, lower_case=lower_case, eod_token=eod_token)
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(text, path, eod_token=eod_token)
     if path.name.endswith("vocab.json") or path.name.endswith("merges.txt"):
         return _load_gpt2(text, path, eod_token)
     document = _json_object(path)
@@ -165,22 +209,20 @@ def load_tokenizer(spec: str | Path, *, eod_token: str | None = None) -> Tokeniz
     return FileTokenizer(text, inner, [path], eod_token)
 
 
-def tokenizers_library() -> Any:
-    """The `tokenizers` module. Raises MegactlError that says how to install it."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise MegactlError(
-            f"the 'tokenizers' library is needed for this tokenizer ({error})", 'pip install "megactl[train]", or use --tokenizer byte'
-        ) from error
-    return tokenizers
+def _is_wordpiece(spec: str) -> bool:
+    path = Path(spec)
+    return spec != "byte" and (_file_in_folder(path) if path.is_dir() else path).suffix == ".txt"
 
 
 def _file_in_folder(folder: Path) -> Path:
-    for name in ("tokenizer.json", "vocab.json"):
+    for name in ("tokenizer.json", "vocab.json", "vocab.txt"):
         if (folder / name).exists():
             return folder / name
-    raise DataError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt", _SPECS)
+    models = sorted(folder.glob("*.model"))
+    if len(models) == 1:
+        return models[0]
+    found = f"several .model files ({', '.join(path.name for path in models)})" if models else "no tokenizer file"
+    raise DataError(f"{folder}: holds {found}", _SPECS)
 
 
 def _load_gpt2(spec: str, path: Path, eod_token: str | None) -> FileTokenizer:

@@ -60,7 +60,7 @@ def test_mistakes_exit_2_with_what_to_do(corpus):
     assert "bad.jsonl:2" in done.stderr and "--skip-bad" in done.stderr
     done = megactl("preprocess", "bad.jsonl", *common, "--skip-bad", cwd=corpus)
     assert "left out 1 bad documents" in done.stderr
-    assert "split-sentences" in megactl("preprocess", "a.jsonl", *common, "--split-sentences", cwd=corpus, code=2).stderr
+    assert "--append-eod out" in megactl("preprocess", "a.jsonl", *common, "--split-sentences", "--append-eod", cwd=corpus, code=2).stderr
     failed = megactl("inspect", "nothing", "--json", cwd=corpus, code=2)
     assert json.loads(failed.stdout)["error"]["exit_code"] == 2
 
@@ -120,3 +120,59 @@ def test_nothing_here_imports_torch():
         "assert not {'torch', 'tokenizers', 'zstandard', 'pandas'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_from_text_to_sentences_with_a_vocabulary_of_its_own(tmp_path):
+    pytest.importorskip("tokenizers")
+    texts = [f"The document {i} begins. It goes on, unbelievably! Dr. Who ends it." for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train = ("tokenizer", "train", "a.jsonl", "--vocab-size", 90, "--output", "vocab.txt")
+    done = megactl(*train, "--kind", "wordpiece", cwd=tmp_path)
+    assert "vocab.txt: " in done.stdout and "None" not in done.stdout
+    shown = megactl("tokenizer", "show", "vocab.txt", "Unbelievably", cwd=tmp_path).stdout
+    assert "pad 0, unk 1, cls 2, sep 3, mask 4" in shown and "lower (tokenizer_config.json)" in shown
+    arguments = ("preprocess", "a.jsonl", "--output-prefix", "P", "--tokenizer", "vocab.txt", "--split-sentences")
+    done = megactl(*arguments, cwd=tmp_path)
+    assert "30 documents, 90 sentences" in done.stdout and "P_text_sentence.bin" in done.stdout and "lower case" in done.stderr
+    shown = megactl("inspect", "P_text_sentence", "--show", 1, "--deep", cwd=tmp_path).stdout
+    assert "30 of 90 sentences, 3.0 each on average (0 of one sentence)" in shown and "no end-of-document token" in shown
+    assert "dr . who ends it ." in shown.split("\n")
+    facts = json.loads(megactl("inspect", "P_text_sentence", "--json", cwd=tmp_path).stdout)
+    assert facts["sentences"] and (facts["single_sentence_documents"], facts["long_sentences"]) == (0, 0)
+    for options, words in (
+        (("--kind", "wordpiece", "--overwrite", "--eod-token", "[EOD]"), "no end-of-document token"),
+        (("--lower-case", "--overwrite"), "keeps text as it is"),
+    ):
+        assert words in megactl(*train, *options, cwd=tmp_path, code=2).stderr
+    assert "Invalid value" in megactl(*train, "--kind", "unigram", cwd=tmp_path, code=2).stderr
+
+
+def test_a_run_is_told_which_form_of_the_data_it_needs(tmp_path, monkeypatch, capsys):
+    """In this process: every one of them is refused before anything heavy is loaded."""
+    pytest.importorskip("tokenizers")
+    from megactl.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n.\na\nb\n")
+    (tmp_path / "a.txt").write_text("a b. b a. a.")
+    common = ["data", "preprocess", "a.txt", "--workers", "1", "--tokenizer"]
+    assert main([*common, "vocab.txt", "--output-prefix", "S", "--split-sentences"]) == 0
+    assert main([*common, "vocab.txt", "--output-prefix", "D"]) == 0
+    assert main([*common, "byte", "--output-prefix", "B", "--split-sentences"]) == 0
+
+    def refused(data, model):
+        layout = ["--layers", "2", "--hidden", "32", "--heads", "2", "--seq", "32", "--device", "cpu"]
+        capsys.readouterr()
+        assert main(["train", "--model", model, "--data", data, *layout, "--dry-run"]) == 2
+        return capsys.readouterr().err
+
+    assert "preprocess the text without --split-sentences, or use --model bert" in refused("S_text_sentence", "gpt")
+    assert "S_text_sentence.idx is for --model bert" in refused("S", "gpt")
+    assert "preprocess the text with --split-sentences" in refused("D_text_document", "bert")
+    assert "D_text_document.idx is for --model gpt" in refused("D", "bert")
+    message = refused("B", "bert")
+    assert "byte: has no [CLS], [SEP], [MASK], [PAD]" in message and "--kind wordpiece" in message
+    (tmp_path / "vocab.txt").rename(tmp_path / "moved.txt")
+    assert "say where it is now: --tokenizer PATH" in refused("S", "bert")
+    (tmp_path / "S_text_sentence.json").unlink()
+    assert "no tokenizer is recorded with the data; name the one" in refused("S", "bert")

@@ -1,6 +1,7 @@
 """Preprocessing: order, determinism, bad input, and going on after a kill."""
 
 import gzip
+import itertools
 import json
 import os
 import random
@@ -61,6 +62,88 @@ def test_append_eod_and_empty_documents(tmp_path):
     summary = run(tmp_path, jsonl(tmp_path / "a.jsonl", ["hi", "", "x"]), append_eod=True)
     assert documents(tmp_path / "P_text_document") == [[104, 105, 256], [120, 256]]
     assert summary.empty_documents == 1
+
+
+def sentences(prefix):
+    """Each document as the texts of its sentences."""
+    data = IndexedDataset(prefix)
+    texts = [bytes(data.sequence(i).tolist()).decode() for i in range(len(data))]
+    return [texts[first:last] for first, last in itertools.pairwise(data.documents.tolist())]
+
+
+def test_sentences_are_sequences_and_documents_runs_of_them(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", ["One. Two!  Three?", "", "  \n ", "Only one", "Naïve café. 你好。再见。"])
+    summary = run(tmp_path, source, split_sentences=True)
+    prefix = tmp_path / "P_text_sentence"
+    assert sentences(prefix) == [["One.", "Two!", "Three?"], ["Only one"], ["Naïve café.", "你好。", "再见。"]]
+    assert (summary.documents, summary.sentences, summary.empty_documents, summary.cut_sentences) == (3, 7, 2, 0)
+    assert summary.outputs == (str(prefix),) and IndexedDataset(prefix).holds_sentences
+    metadata = IndexedDataset(prefix).metadata
+    assert (metadata.split_sentences, metadata.documents, metadata.sequences, metadata.append_eod) == (True, 3, 7, False)
+    again = run(tmp_path, source, split_sentences=True)
+    assert again.already_done and (again.documents, again.sentences) == (3, 7)
+    # Documents of the same text are another pair beside it, and say of themselves what they are.
+    assert run(tmp_path, source).sentences is None
+    assert IndexedDataset(tmp_path / "P_text_document").metadata.split_sentences is False
+
+
+def test_end_of_document_has_no_place_among_sentences(tmp_path):
+    with pytest.raises(DataError, match="leave --append-eod out"):
+        run(tmp_path, jsonl(tmp_path / "a.jsonl", ["One."]), split_sentences=True, append_eod=True)
+
+
+def test_long_sentences_are_cut_into_equal_parts_and_nothing_is_lost(tmp_path):
+    text = "x" * 1100 + ". Short. " + "Y" * 511 + "."
+    summary = run(tmp_path, jsonl(tmp_path / "a.jsonl", [text]), split_sentences=True)
+    data = IndexedDataset(tmp_path / "P_text_sentence")
+    assert data.lengths.tolist() == [367, 367, 367, 6, 512] and summary.cut_sentences == 1
+    assert "".join(sentences(tmp_path / "P_text_sentence")[0]) == text.replace(". ", ".")
+
+
+def test_a_sentence_without_tokens_is_left_out(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n.\n")
+    lines = []
+    source = jsonl(tmp_path / "a.jsonl", ["A b. \u200b\n\n\u200b\n\nB a.", "\u200b"])
+    summary = run(tmp_path, source, tokenizer=str(tmp_path / "vocab.txt"), split_sentences=True, log=lines.append)
+    data = IndexedDataset(tmp_path / "P_text_sentence")
+    assert [data.sequence(i).tolist() for i in range(len(data))] == [[5, 6, 7], [6, 5, 7]]
+    assert (summary.documents, summary.empty_documents) == (1, 1)
+    assert "lower case (the vocabulary has no capitals)" in lines[0]
+    # Another treatment of capitals is other data.
+    with pytest.raises(DataError, match="--overwrite"):
+        run(tmp_path, source, tokenizer=str(tmp_path / "vocab.txt"), split_sentences=True, lower_case=False)
+
+
+@pytest.mark.slow
+def test_sentences_do_not_depend_on_workers_or_chunks(tmp_path, corpus):
+    digests = set()
+    for workers, chunk in ((1, 1 << 20), (2, 50_000)):
+        run(tmp_path, corpus, out=f"w{workers}", workers=workers, chunk_bytes=chunk, split_sentences=True)
+        digests.add(digest(tmp_path / f"w{workers}_text_sentence"))
+    assert len(digests) == 1
+    data = IndexedDataset(tmp_path / "w2_text_sentence")
+    assert len(data) > data.num_documents > 2300 and int(data.lengths.max()) <= 512
+
+
+def test_interruption_between_sentences_repeats_nothing(tmp_path, corpus, monkeypatch):
+    from megactl.storage import preprocess as module
+
+    run(tmp_path, corpus, out="whole", split_sentences=True, chunk_bytes=100_000)
+    append, calls = module._append, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return append(*arguments)
+
+    monkeypatch.setattr(module, "_append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, corpus, split_sentences=True, chunk_bytes=100_000)
+    summary = run(tmp_path, corpus, split_sentences=True, chunk_bytes=100_000)
+    assert summary.resumed_documents > 0 and digest(tmp_path / "P_text_sentence") == digest(tmp_path / "whole_text_sentence")
+    assert summary.sentences == len(IndexedDataset(tmp_path / "P_text_sentence"))
 
 
 def test_keys_name_the_pairs(tmp_path):

@@ -184,5 +184,5 @@ def test_damaged_gpt2_files_are_named(tmp_path, trained):
     with pytest.raises(DataError, match="must be a token id"):
         load_tokenizer(folder)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match=r"holds neither tokenizer.json"):
+    with pytest.raises(DataError, match=r"holds no tokenizer file"):
         load_tokenizer(tmp_path / "nothing")

@@ -2,10 +2,12 @@
 #include "topics.h"
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Compiled index builders; megactl works without this module, only slower.";
+    module.doc() = "Compiled index and sample builders; megactl works without this module, only slower.";
     megactl::native::register_shuffle(module);
     megactl::native::register_sample_index(module);
     megactl::native::register_blending(module);
+    megactl::native::register_sentence_pairs(module);
+    megactl::native::register_masked_sample(module);
 #ifdef MEGACTL_SOURCE_HASH
     module.attr("source_hash") = MEGACTL_SOURCE_HASH;
 #endif

@@ -1,7 +1,6 @@
 // numpy's RandomState.shuffle, number for number, at the speed of memory rather than of cache misses.
 //
-// Sources: Mersenne Twister MT19937 (Matsumoto and Nishimura 1998); the bounded draw (mask and reject) and the loop
-// from n-1 down to 1 are those of numpy's legacy generator, whose stream numpy has frozen.
+// The bounded draw (mask and reject, see twister.h) and the loop from n-1 down to 1 are those of numpy's legacy generator.
 #include <pybind11/numpy.h>
 
 #include <algorithm>
@@ -10,68 +9,12 @@
 #include <utility>
 
 #include "topics.h"
+#include "twister.h"
 
 namespace py = pybind11;
 
 namespace megactl::native {
 namespace {
-
-constexpr int kStateWords = 624;
-constexpr int kMiddleWord = 397;
-
-// Continues a generator whose key and position come from numpy, so that draws before and after agree with numpy's.
-class Twister {
-public:
-    Twister(uint32_t* key, int position) : key_(key), position_(position) {}
-
-    uint32_t next32() {
-        if (position_ == kStateWords) refill();
-        uint32_t y = key_[position_++];
-        y ^= y >> 11;
-        y ^= (y << 7) & 0x9d2c5680u;
-        y ^= (y << 15) & 0xefc60000u;
-        return y ^ (y >> 18);
-    }
-
-    // Uniform in [0, limit]. 32 bits are drawn where they suffice: numpy does so, and the stream depends on it.
-    uint64_t bounded(uint64_t limit, uint64_t mask) {
-        uint64_t value;
-        if (limit <= 0xffffffffu) {
-            do { value = next32() & mask; } while (value > limit);
-        } else {
-            do {
-                const uint64_t high = next32();
-                value = ((high << 32) | next32()) & mask;
-            } while (value > limit);
-        }
-        return value;
-    }
-
-    int position() const { return position_; }
-
-private:
-    static uint32_t mix(uint32_t upper, uint32_t lower) {
-        const uint32_t y = (upper & 0x80000000u) | (lower & 0x7fffffffu);
-        return (y >> 1) ^ (-(lower & 1u) & 0x9908b0dfu);
-    }
-
-    void refill() {
-        for (int i = 0; i < kStateWords - kMiddleWord; ++i) key_[i] = key_[i + kMiddleWord] ^ mix(key_[i], key_[i + 1]);
-        for (int i = kStateWords - kMiddleWord; i < kStateWords - 1; ++i)
-            key_[i] = key_[i + kMiddleWord - kStateWords] ^ mix(key_[i], key_[i + 1]);
-        key_[kStateWords - 1] = key_[kMiddleWord - 1] ^ mix(key_[kStateWords - 1], key_[0]);
-        position_ = 0;
-    }
-
-    uint32_t* key_;
-    int position_;
-};
-
-uint64_t mask_of(uint64_t limit) {
-    uint64_t mask = limit;
-    for (int shift = 1; shift < 64; shift *= 2) mask |= mask >> shift;
-    return mask;
-}
 
 // The draws do not depend on the data, so a block of them is made ahead and its targets prefetched: the swaps that follow
 // hit the cache. A plain loop waits for memory at nearly every swap once the array outgrows the cache.

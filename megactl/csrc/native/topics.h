@@ -9,5 +9,7 @@ namespace megactl::native {
 void register_shuffle(pybind11::module_& module);
 void register_sample_index(pybind11::module_& module);
 void register_blending(pybind11::module_& module);
+void register_sentence_pairs(pybind11::module_& module);
+void register_masked_sample(pybind11::module_& module);
 
 }  // namespace megactl::native

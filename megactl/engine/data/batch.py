@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from megactl.engine.data.bert import PairDataset
 from megactl.engine.data.datasets import TokenDataset
 from megactl.errors import DataError
 
@@ -58,11 +59,7 @@ def make_batch(
     wanted = [name for name, on in options.items() if on]
     if wanted and eod is None:
         raise DataError(f"--{wanted[0]}: the tokenizer has no known end-of-document token", "name the --tokenizer the data was made with")
-    if first_sample < 0 or first_sample + count > len(dataset):
-        rule = f"{dataset.name} has {len(dataset)}"
-        raise DataError(
-            f"samples {first_sample} to {first_sample + count}: {rule}", "ask for as many samples as the run consumes (iterations, batch)"
-        )
+    check_range(dataset, first_sample, count)
     rows = np.stack([dataset.tokens(first_sample + i) for i in range(count)])
     tokens, labels = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
     loss_mask = np.ones(tokens.shape, np.float32)
@@ -77,6 +74,29 @@ def make_batch(
         if reset_attention_mask:
             segments = torch.from_numpy(np.cumsum(starts, axis=1, dtype=np.int64))
     return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(loss_mask), torch.from_numpy(positions), segments)
+
+
+def make_pair_batch(dataset: PairDataset, first_sample: int, count: int) -> Batch:
+    """Samples [first_sample, first_sample + count) of an encoder's dataset as a batch; labels are 0 where `loss_mask` is.
+
+    Raises DataError beyond the dataset's end, and for ids outside the vocabulary.
+    """
+    check_range(dataset, first_sample, count)
+    samples = [dataset.sample(first_sample + i) for i in range(count)]
+    tokens, types, labels, loss_mask = (torch.from_numpy(np.stack([sample[field] for sample in samples])) for field in range(4))
+    positions = torch.arange(dataset.seq_length).expand(count, -1).contiguous()
+    lengths = torch.tensor([sample.length for sample in samples])
+    flags = torch.tensor([int(sample.flag) for sample in samples]) if dataset.pair else None
+    return Batch(tokens, labels, loss_mask, positions, None, types, positions < lengths[:, None], flags)
+
+
+def check_range(dataset: TokenDataset | PairDataset, first_sample: int, count: int) -> None:
+    """Raise DataError unless the dataset has samples [first_sample, first_sample + count)."""
+    if first_sample < 0 or first_sample + count > len(dataset):
+        rule = f"{dataset.name} has {len(dataset)}"
+        raise DataError(
+            f"samples {first_sample} to {first_sample + count}: {rule}", "ask for as many samples as the run consumes (iterations, batch)"
+        )
 
 
 def _document_starts(tokens: np.ndarray, eod: int | None) -> np.ndarray:

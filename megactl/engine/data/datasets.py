@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -61,10 +61,24 @@ class GPTDataset:
         return out
 
 
-class BlendedDataset:
+class _Sized(Protocol):
+    """What a blend needs to know of the datasets in it."""
+
+    name: str
+    seq_length: int
+    vocab_size: int
+
+    def __len__(self) -> int:
+        """Samples."""
+
+
+D = TypeVar("D", bound=_Sized)
+
+
+class Blend(Generic[D]):
     """Samples dealt from several datasets: sample i is sample `samples[i]` of dataset `choices[i]`."""
 
-    def __init__(self, datasets: Sequence[TokenDataset], choices: np.ndarray, samples: np.ndarray) -> None:
+    def __init__(self, datasets: Sequence[D], choices: np.ndarray, samples: np.ndarray) -> None:
         assert len(choices) == len(samples) and len({dataset.seq_length for dataset in datasets}) == 1
         self.datasets = tuple(datasets)
         self.name = " + ".join(dataset.name for dataset in datasets)
@@ -75,11 +89,20 @@ class BlendedDataset:
     def __len__(self) -> int:
         return len(self._choices)
 
-    def tokens(self, index: int) -> np.ndarray:
-        """See TokenDataset.tokens."""
+    def pick(self, index: int) -> tuple[D, int]:
+        """(dataset, sample within it) of sample `index`. Raises IndexError outside [0, len)."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.name}")
-        return self.datasets[int(self._choices[index])].tokens(int(self._samples[index]))
+        return self.datasets[int(self._choices[index])], int(self._samples[index])
+
+
+class BlendedDataset(Blend[TokenDataset]):
+    """Token samples dealt from several datasets (see Blend)."""
+
+    def tokens(self, index: int) -> np.ndarray:
+        """See TokenDataset.tokens."""
+        dataset, number = self.pick(index)
+        return dataset.tokens(number)
 
 
 class MockDataset:

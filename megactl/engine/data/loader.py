@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 
-from megactl.engine.data.batch import Batch, make_batch
+from megactl.engine.data.batch import Batch, make_batch, make_pair_batch
+from megactl.engine.data.bert import PairDataset
 from megactl.engine.data.datasets import TokenDataset
 
 
@@ -20,7 +21,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: TokenDataset | PairDataset,
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
@@ -44,7 +45,11 @@ class BatchLoader:
         return consumed_samples + (index * self._ranks + self._rank) * self.micro_batch_size
 
     def micro_batch(self, consumed_samples: int, index: int) -> Batch:
-        """Micro-batch `index` of that step, on the CPU. Raises DataError as `make_batch` does."""
+        """Micro-batch `index` of that step, on the CPU. Raises DataError as `make_batch` and `make_pair_batch` do."""
+        if isinstance(self.dataset, PairDataset):
+            # The document options are about running text; the settings refuse them for pairs.
+            assert not any(self._options.values())
+            return make_pair_batch(self.dataset, self.first_sample(consumed_samples, index), self.micro_batch_size)
         return make_batch(self.dataset, self.first_sample(consumed_samples, index), self.micro_batch_size, eod=self._eod, **self._options)
 
     def prefetch(self, schedule: Iterable[tuple[int, int]], *, depth: int = 4, pin_memory: bool = False) -> Prefetcher:
