@@ -18,6 +18,7 @@ void check_list(const Tensors& tensors) {
     for (const Tensor& t : tensors) {
         check_dense(t, "every tensor");
         MEGACTL_CHECK(t.device() == tensors[0].device(), "all tensors must lie on one device");
+        with_type(t, [](auto) {});  // an error inside parallel_for would lose its message
     }
 }
 
