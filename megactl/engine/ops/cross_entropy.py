@@ -71,6 +71,9 @@ def cross_entropy_backward_(
         raise ValueError("logits are not contiguous: must be to be overwritten; call cross_entropy_backward")
     function = torch.ops.megactl.cross_entropy_backward_ if use_compiled() else reference.cross_entropy_backward_
     function(logits, labels.contiguous(), maximum.contiguous(), total.contiguous(), scale.contiguous(), first_row, rows)
+    if not torch.compiler.is_compiling():
+        # So that autograd refuses a backward that still needs the logits: torch does not count what a compiled operator changed.
+        torch.autograd.graph.increment_version(logits)
     return logits
 
 
