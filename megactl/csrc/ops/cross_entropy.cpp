@@ -26,6 +26,7 @@ VocabularyShard checked_shard(const Tensor& logits, const Tensor& labels, int64_
     MEGACTL_CHECK(first_row >= 0, "first_row = ", first_row, " must not be negative");
     int64_t rows = 1;
     for (int64_t d = 0; d + 1 < logits.dim(); ++d) rows *= logits.size(d);
+    MEGACTL_CHECK(rows < (int64_t{1} << 31), "logits have ", rows, " rows, must have fewer than 2^31");
     MEGACTL_CHECK(labels.numel() == rows, "labels have ", labels.numel(), " elements, must have one for each of ", rows, " rows of logits");
     return {rows, columns, first_row, num_rows};
 }
