@@ -233,15 +233,27 @@ class _CrossEntropy(Function):
 
 
 def cross_entropy_sum(
-    logits: Tensor, labels: Tensor, mask: Tensor, *, first_row: int = 0, num_rows: int | None = None, reduce: VocabReduce | None = None
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    first_row: int = 0,
+    num_rows: int | None = None,
+    reduce: VocabReduce | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Sum over tokens of mask * cross entropy, a 0-d tensor of at least fp32.
 
     logits [b, s, columns] hold the vocabulary rows first_row .. first_row + num_rows, then padding; labels [b, s]; mask [b, s].
-    Backward may run once: it writes the gradient over logits that another operation made, instead of taking as much memory again.
-    Autograd refuses whoever still needs their values. Logits that are a leaf of the graph are kept.
+    Backward may run once. With `overwrite` it writes the gradient over the logits, instead of taking as much memory again: for callers
+    who do not look at them afterwards. Autograd refuses operations that still need their values.
     """
     rows = logits.shape[-1] if num_rows is None else num_rows
-    # torch.compile plans the memory itself, and does not let a backward write to the input of a graph.
-    overwrite = not logits.is_leaf and not torch.compiler.is_compiling()
+    # A leaf's values belong to whoever made it; torch.compile plans the memory itself.
+    overwrite = overwrite and not logits.is_leaf and not torch.compiler.is_compiling()
     return _CrossEntropy.apply(logits, labels, mask, first_row, rows, reduce, overwrite)
+
+
+def in_training_buffers(weight: Tensor) -> bool:
+    """Whether `weight` lives in a `FlatParameters` buffer, so that a training step owns what is computed from it."""
+    return hasattr(weight, "main_grad")

@@ -242,20 +242,24 @@ def test_cross_entropy_of_bf16_logits_is_computed_in_fp32():
     assert torch.equal(logits.grad, plain.grad.float().bfloat16()) or (logits.grad - plain.grad).abs().max() < 2**-8
 
 
-def test_cross_entropy_writes_its_gradient_over_logits_that_are_no_leaf():
+def test_cross_entropy_writes_its_gradient_over_logits_where_it_may():
     """And autograd says so where another operation saved them."""
     x, labels, mask = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True), torch.tensor([[2, 0, 3]]), torch.ones(1, 3)
+    found = []
+    for overwrite in (True, False):
+        logits = 2 * x
+        before = logits.detach().clone()
+        loss = functional.cross_entropy_sum(logits, labels, mask, overwrite=overwrite)
+        found += torch.autograd.grad(loss, logits)
+        assert (found[-1].data_ptr() == logits.data_ptr()) is overwrite and torch.equal(logits.detach(), before) is not overwrite
+    assert torch.equal(found[0], found[1])
     logits = 2 * x
-    (grad,) = torch.autograd.grad(functional.cross_entropy_sum(logits, labels, mask), logits)
-    assert grad.data_ptr() == logits.data_ptr()
-    logits = 2 * x
-    loss = logits.square().sum() + functional.cross_entropy_sum(logits, labels, mask)  # backward runs from the last to the first
+    squares = logits.square().sum()  # backward runs from the last to the first
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    leaf = logits.detach().requires_grad_()
-    before = leaf.detach().clone()
-    functional.cross_entropy_sum(leaf, labels, mask).backward()
-    assert torch.equal(leaf.detach(), before) and leaf.grad.abs().sum() > 0
+        (squares + functional.cross_entropy_sum(logits, labels, mask, overwrite=True)).backward()
+    leaf = (2 * x).detach().requires_grad_()
+    functional.cross_entropy_sum(leaf, labels, mask, overwrite=True).backward()
+    assert torch.equal(leaf.detach(), 2 * x) and leaf.grad.abs().sum() > 0
 
 
 def test_cross_entropy_refuses_a_second_backward():
