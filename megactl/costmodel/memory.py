@@ -218,14 +218,11 @@ class _Sizes:
 def _logits(sizes: _Sizes, live: int) -> int:
     """Final norm, heads and cross-entropy on the last stage, at the worst moment of the newest micro-batch.
 
-    Either the loss: logits, their copy in the loss's type (none where it is the same type) and the exponentials, 10 bytes a
-    logit under bf16. Or the head's backward: the gradient of the logits, of its input and of its weight. Older live
-    micro-batches (GPipe) have kept their exponentials.
+    That is the head's backward: the gradient of the logits, which the compiled cross-entropy writes over them, of the head's input
+    and of its weight. Older live micro-batches (GPipe) have kept their logits.
     """
-    copy = sizes.accumulate if sizes.accumulate != sizes.element else 0
-    loss = sizes.logits * (sizes.element + copy + sizes.accumulate)
-    head_backward = sizes.logits * sizes.element + sizes.hidden + sizes.product(sizes.head_matrix)
-    return live * sizes.head_inputs * sizes.hidden + (live - 1) * sizes.logits * sizes.accumulate + max(loss, head_backward)
+    head_backward = sizes.hidden + sizes.product(sizes.head_matrix)
+    return live * (sizes.head_inputs * sizes.hidden + sizes.logits * sizes.element) + head_backward
 
 
 def _layer_transient(sizes: _Sizes) -> int:

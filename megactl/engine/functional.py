@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from megactl.engine import ops
+
 
 class Handle(Protocol):
     """Something under way that must be waited for, such as an asynchronous collective."""
@@ -214,43 +216,52 @@ class VocabReduce(Protocol):
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx, logits, labels, mask, first_row: int, num_rows: int, reduce: VocabReduce | None):
-        # Padded columns (num_rows onwards) count as minus infinity: they are left out here and get a zero gradient.
-        work = logits[..., :num_rows].to(torch.promote_types(logits.dtype, torch.float32))
-        top = work.amax(-1) if num_rows else work.new_full(labels.shape, float("-inf"))
+    def forward(ctx, logits, labels, mask, first_row: int, num_rows: int, reduce: VocabReduce | None, overwrite: bool):
+        logits = logits.contiguous()
+        top, total, target = ops.cross_entropy_forward(logits, labels, first_row, num_rows)
         if reduce is not None:
+            own = top.clone()
             reduce.maximum(top)
-        exp = (work - top.unsqueeze(-1)).exp_()
-        local = labels - first_row
-        outside = (local < 0) | (local >= num_rows)
-        local = local.masked_fill(outside, 0).unsqueeze(-1)
-        picked = work.gather(-1, local).squeeze(-1) - top if num_rows else torch.zeros_like(top)
-        sums = torch.stack([exp.sum(-1), picked.masked_fill(outside, 0)])
-        if reduce is not None:
+            # A shard without vocabulary rows has a maximum of minus infinity and adds nothing.
+            sums = torch.stack([total * (own - top).exp(), target])
             reduce.sum(sums)
-        denominator, target = sums
-        ctx.save_for_backward(exp, denominator, local, outside, mask)
-        ctx.width, ctx.dtype = logits.shape[-1], logits.dtype
-        return ((denominator.log() - target) * mask).sum()
+            total, target = sums
+        scale = torch.empty_like(total).copy_(mask)
+        ctx.save_for_backward(logits, labels, top, total, scale)
+        ctx.first_row, ctx.num_rows, ctx.overwrite = first_row, num_rows, overwrite
+        return ((total.log() - (target - top)) * scale).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        exp, denominator, local, outside, mask = ctx.saved_tensors
-        scale = mask * grad
-        softmax = exp.mul_((scale / denominator).unsqueeze(-1))
-        if softmax.shape[-1]:
-            softmax.scatter_add_(-1, local, -scale.masked_fill(outside, 0).unsqueeze(-1))
-        if softmax.shape[-1] != ctx.width:
-            softmax = torch.nn.functional.pad(softmax, (0, ctx.width - softmax.shape[-1]))
-        return softmax.to(ctx.dtype), None, None, None, None, None
+        logits, labels, top, total, scale = ctx.saved_tensors
+        # In place, so that autograd refuses a second backward, whose logits may be gone.
+        scale.mul_(grad)
+        gradient = ops.cross_entropy_backward_ if ctx.overwrite else ops.cross_entropy_backward
+        return gradient(logits, labels, top, total, scale, ctx.first_row, ctx.num_rows), *[None] * 6
 
 
 def cross_entropy_sum(
-    logits: Tensor, labels: Tensor, mask: Tensor, *, first_row: int = 0, num_rows: int | None = None, reduce: VocabReduce | None = None
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    first_row: int = 0,
+    num_rows: int | None = None,
+    reduce: VocabReduce | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Sum over tokens of mask * cross entropy, a 0-d tensor of at least fp32.
 
     logits [b, s, columns] hold the vocabulary rows first_row .. first_row + num_rows, then padding; labels [b, s]; mask [b, s].
-    Backward may run once: it reuses the saved exponentials as the gradient's memory.
+    Backward may run once. With `overwrite` it writes the gradient over the logits, instead of taking as much memory again: for callers
+    who do not look at them afterwards. Autograd refuses operations that still need their values.
     """
-    return _CrossEntropy.apply(logits, labels, mask, first_row, logits.shape[-1] if num_rows is None else num_rows, reduce)
+    rows = logits.shape[-1] if num_rows is None else num_rows
+    # A leaf's values belong to whoever made it; torch.compile plans the memory itself.
+    overwrite = overwrite and not logits.is_leaf and not torch.compiler.is_compiling()
+    return _CrossEntropy.apply(logits, labels, mask, first_row, rows, reduce, overwrite)
+
+
+def in_training_buffers(weight: Tensor) -> bool:
+    """Whether `weight` lives in a `FlatParameters` buffer, so that a training step owns what is computed from it."""
+    return hasattr(weight, "main_grad")

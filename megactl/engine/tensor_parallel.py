@@ -125,9 +125,9 @@ class VocabParallelHead(nn.Module):
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Sum of the masked cross entropies over the whole vocabulary, the same on every rank."""
-        return functional.cross_entropy_sum(
-            logits, labels, mask, first_row=self.first_row, num_rows=self.num_rows, reduce=_VocabReduce(self.tp)
-        )
+        overwrite = functional.in_training_buffers(self.weight)
+        rows = {"first_row": self.first_row, "num_rows": self.num_rows}
+        return functional.cross_entropy_sum(logits, labels, mask, **rows, reduce=_VocabReduce(self.tp), overwrite=overwrite)
 
 
 def apply_tensor_parallel(model: nn.Module, tp: Axis) -> None:

@@ -242,8 +242,28 @@ def test_cross_entropy_of_bf16_logits_is_computed_in_fp32():
     assert torch.equal(logits.grad, plain.grad.float().bfloat16()) or (logits.grad - plain.grad).abs().max() < 2**-8
 
 
+def test_cross_entropy_writes_its_gradient_over_logits_where_it_may():
+    """And autograd says so where another operation saved them."""
+    x, labels, mask = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True), torch.tensor([[2, 0, 3]]), torch.ones(1, 3)
+    found = []
+    for overwrite in (True, False):
+        logits = 2 * x
+        before = logits.detach().clone()
+        loss = functional.cross_entropy_sum(logits, labels, mask, overwrite=overwrite)
+        found += torch.autograd.grad(loss, logits)
+        assert (found[-1].data_ptr() == logits.data_ptr()) is overwrite and torch.equal(logits.detach(), before) is not overwrite
+    assert torch.equal(found[0], found[1])
+    logits = 2 * x
+    squares = logits.square().sum()  # backward runs from the last to the first
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (squares + functional.cross_entropy_sum(logits, labels, mask, overwrite=True)).backward()
+    leaf = (2 * x).detach().requires_grad_()
+    functional.cross_entropy_sum(leaf, labels, mask, overwrite=True).backward()
+    assert torch.equal(leaf.detach(), 2 * x) and leaf.grad.abs().sum() > 0
+
+
 def test_cross_entropy_refuses_a_second_backward():
-    """The first one reuses the saved exponentials; a second one would be wrong without a word."""
+    """The first one may write over the logits; a second one would be wrong without a word."""
     logits = torch.randn(1, 2, 4, requires_grad=True)
     loss = functional.cross_entropy_sum(logits, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
     loss.backward(retain_graph=True)

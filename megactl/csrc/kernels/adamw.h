@@ -7,21 +7,27 @@
 
 namespace megactl {
 
-// What is equal for all elements of a step, already in the type of the arithmetic.
+// What is equal for all elements of a tensor in a step, already in the type of the arithmetic.
 template <typename T>
 struct AdamW {
     T grad_scale, decay, first, beta2, second, inverse_root_correction, epsilon, step_size;
 };
 
 struct AdamWSettings {
-    double beta1, beta2, epsilon, weight_decay;
+    double beta1, beta2, epsilon;
 };
 
-// correction1 and correction2 are 1 - beta1^step and 1 - beta2^step.
+// The factor of the weights, which differs from tensor to tensor: norms and biases are not decayed.
+template <typename T>
+MEGACTL_INLINE T adamw_decay(double lr, double weight_decay) {
+    return static_cast<T>(1.0 - lr * weight_decay);
+}
+
+// correction1 and correction2 are 1 - beta1^step and 1 - beta2^step. The decay is set for each tensor.
 template <typename T>
 MEGACTL_INLINE AdamW<T> adamw_constants(const AdamWSettings& s, double lr, double grad_scale, double correction1, double correction2) {
     return {static_cast<T>(grad_scale),
-            static_cast<T>(1.0 - lr * s.weight_decay),
+            T(1),
             static_cast<T>(1.0 - s.beta1),
             static_cast<T>(s.beta2),
             static_cast<T>(1.0 - s.beta2),

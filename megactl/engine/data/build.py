@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megactl.config.schema import Run
+from megactl.costmodel import has_sentence_head
 from megactl.engine.data.bert import BertDataset, BlendedPairs, MockPairs, PairDataset
 from megactl.engine.data.datasets import BlendedDataset, GPTDataset, MockDataset, TokenDataset
 from megactl.engine.data.masking import MaskingRules, MaskingVocabulary, PairMasker
@@ -104,14 +105,9 @@ def _check_source(source: IndexedDataset, architecture: str, vocab_size: int) ->
     check_form(source.prefix, architecture, sentences=source.holds_sentences)
 
 
-def _has_pairs(run: Run) -> bool:
-    """Whether samples have two parts: they do unless the head that tells their order is off."""
-    return run.model.sentence_head is not False
-
-
 def _masking_rules(run: Run) -> MaskingRules:
     data = run.data
-    return MaskingRules(data.mask_probability, data.mask_ngrams, data.whole_word_masking, _has_pairs(run))
+    return MaskingRules(data.mask_probability, data.mask_ngrams, data.whole_word_masking, has_sentence_head(run.model))
 
 
 def _masker(run: Run, source: IndexedDataset) -> PairMasker:
@@ -212,7 +208,7 @@ def _pair_options(request: _Request) -> dict[str, Any]:
         "seq_length": run.training.seq_length,
         "short_probability": run.data.short_seq_probability,
         "seed": run.training.seed,
-        "min_sentences": 2 if _has_pairs(run) else 1,
+        "min_sentences": 2 if has_sentence_head(run.model) else 1,
     }
 
 

@@ -138,8 +138,9 @@ class VocabHead(nn.Module):
         return functional.linear(x, self.weight, self.bias, accumulate=micro_batch.accumulate)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Sum of the masked cross entropies, 0-d."""
-        return functional.cross_entropy_sum(logits, labels, mask, num_rows=self.vocab_size)
+        """Sum of the masked cross entropies, 0-d. In a training step its backward writes over the logits."""
+        overwrite = functional.in_training_buffers(self.weight)
+        return functional.cross_entropy_sum(logits, labels, mask, num_rows=self.vocab_size, overwrite=overwrite)
 
 
 class Dropout(nn.Module):

@@ -1,7 +1,26 @@
 """The operators megactl compiles for itself, each with a reference in plain torch. `MEGACTL_OPS=auto|compiled|torch` chooses."""
 
-from megactl.engine.ops.adamw import adamw_
+from megactl.engine.ops.adamw import adamw_, adamw_many_
+from megactl.engine.ops.cross_entropy import cross_entropy, cross_entropy_backward, cross_entropy_backward_, cross_entropy_forward
+from megactl.engine.ops.gradients import clip_gradients_, scale_, squared_norm
 from megactl.engine.ops.library import describe, use_compiled
 from megactl.engine.ops.philox import INITIALISATION_STEP, dropout_add, normal_, philox_bits_, stream_of
 
-__all__ = ["INITIALISATION_STEP", "adamw_", "describe", "dropout_add", "normal_", "philox_bits_", "stream_of", "use_compiled"]
+__all__ = [
+    "INITIALISATION_STEP",
+    "adamw_",
+    "adamw_many_",
+    "clip_gradients_",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_backward_",
+    "cross_entropy_forward",
+    "describe",
+    "dropout_add",
+    "normal_",
+    "philox_bits_",
+    "scale_",
+    "squared_norm",
+    "stream_of",
+    "use_compiled",
+]

@@ -1,6 +1,9 @@
-"""One AdamW step over a flat segment, in one pass over memory."""
+"""One AdamW step over a flat segment, or over many tensors at once, in one pass over memory."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +44,45 @@ def adamw_(
     function(*tensors, beta1, beta2, eps, weight_decay)
 
 
+@torch.no_grad()
+def adamw_many_(
+    params: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    lr: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float | Sequence[float],
+    grad_scale: Tensor,
+    skip: Tensor,
+) -> None:
+    """`adamw_` for each i of params[i], masters[i], ..., bit for bit, in one pass over all.
+
+    weight_decay is one number, or one a tensor. All masters have one dtype; copies may differ, and some params may be their masters.
+    On CUDA a launch serves up to 256 tensors whose params have one dtype; on the CPU threads share the elements of all.
+    Raises ValueError for tensors that do not fit.
+    """
+    lists = (params, masters, grads, exp_avgs, exp_avg_sqs)
+    decays = [weight_decay] * len(masters) if isinstance(weight_decay, (int, float)) else list(weight_decay)
+    if len({len(each) for each in (*lists, decays)}) != 1:
+        raise ValueError(f"lists of {[len(each) for each in lists]} tensors and {len(decays)} weight decays: must have one length")
+    scalars = (lr, step, grad_scale, skip)
+    groups: dict[torch.dtype | None, list[int]] = defaultdict(list)
+    for i, (param, master, *twins) in enumerate(zip(*lists, strict=True)):
+        _check(param, master, tuple(twins), scalars)
+        groups[None if param is master else param.dtype].append(i)
+    function = torch.ops.megactl.adamw_many_ if use_compiled() else reference.adamw_many_
+    for dtype, group in groups.items():
+        chosen = [[each[i] for i in group] for each in lists[1:]]
+        lows = [] if dtype is None else [params[i] for i in group]
+        function(chosen[0], lows, *chosen[1:], *scalars, beta1, beta2, eps, [float(decays[i]) for i in group])
+
+
 def _check(param: Tensor, master: Tensor, twins: tuple[Tensor, ...], scalars: tuple[Tensor, ...]) -> None:
     dtype, device, n = master.dtype, master.device, master.numel()
     if dtype not in (torch.float32, torch.float64) or not master.is_contiguous():
@@ -59,5 +101,6 @@ def _check(param: Tensor, master: Tensor, twins: tuple[Tensor, ...], scalars: tu
 
 
 def register() -> None:
-    """Tell torch that the operator returns nothing."""
-    torch.library.register_fake("megactl::adamw_", lambda *arguments: None)
+    """Tell torch that the operators return nothing."""
+    for name in ("adamw_", "adamw_many_"):
+        torch.library.register_fake(f"megactl::{name}", lambda *arguments: None)

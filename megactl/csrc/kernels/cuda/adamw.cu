@@ -1,71 +1,86 @@
-// CUDA twin of kernels/cpu/adamw.h.
-#include "kernels/cuda/common.cuh"
+// CUDA twin of kernels/cpu/adamw.h, over one tensor or a list.
 #include "kernels/cuda/adamw.h"
+#include "kernels/cuda/lists.cuh"
 
 namespace megactl::cuda {
 
 struct None {};  // no low-precision copy
 
-// A work item is N consecutive elements.
+constexpr int kAdamWChunk = 4096;
+
 template <typename T, typename Low, int N>
-__global__ void adamw_kernel(AdamWTensors t, AdamWSettings settings, int64_t items) {
-    if (*static_cast<const T*>(t.skip) != T(0)) return;
+__device__ __forceinline__ void update(const AdamW<T>& constants, const AdamWTensor& t, int64_t at) {
+    using V = Pack<T, N>;
+    const V grad = *reinterpret_cast<const V*>(static_cast<const T*>(t.grad) + at);
+    V* const weights = reinterpret_cast<V*>(static_cast<T*>(t.weight) + at);
+    V* const averages = reinterpret_cast<V*>(static_cast<T*>(t.exp_avg) + at);
+    V* const squares = reinterpret_cast<V*>(static_cast<T*>(t.exp_avg_sq) + at);
+    V weight = *weights, average = *averages, square = *squares;
+#pragma unroll
+    for (int j = 0; j < N; ++j) adamw_element(constants, grad.v[j], weight.v[j], average.v[j], square.v[j]);
+    *weights = weight, *averages = average, *squares = square;
+    if constexpr (!std::is_same_v<Low, None>) {
+        Pack<Low, N> low;
+#pragma unroll
+        for (int j = 0; j < N; ++j) low.v[j] = store<Low>(static_cast<typename Compute<Low>::type>(weight.v[j]));
+        *reinterpret_cast<Pack<Low, N>*>(static_cast<Low*>(t.low) + at) = low;
+    }
+}
+
+template <typename T, typename Low, int kMost>
+__global__ void __launch_bounds__(kThreads)
+    adamw_kernel(const __grid_constant__ ListTable<AdamWTensor, kMost> table, AdamWScalars scalars, AdamWSettings settings) {
+    constexpr int N = 16 / sizeof(T);
+    if (*static_cast<const T*>(scalars.skip) != T(0)) return;
     // The powers are taken once a thread block, in double: 1 - beta^step loses most of its digits in float at the first steps.
     __shared__ AdamW<T> shared;
+    const double lr = *static_cast<const T*>(scalars.lr);
     if (threadIdx.x == 0) {
-        const double step = *static_cast<const T*>(t.step), lr = *static_cast<const T*>(t.lr), scale = *static_cast<const T*>(t.grad_scale);
+        const double step = *static_cast<const T*>(scalars.step), scale = *static_cast<const T*>(scalars.grad_scale);
         shared = adamw_constants<T>(settings, lr, scale, 1.0 - pow(settings.beta1, step), 1.0 - pow(settings.beta2, step));
     }
     __syncthreads();
-    const AdamW<T> constants = shared;
-    const auto grads = static_cast<const Pack<T, N>*>(t.grad);
-    const auto weights = static_cast<Pack<T, N>*>(t.weight), averages = static_cast<Pack<T, N>*>(t.exp_avg),
-               squares = static_cast<Pack<T, N>*>(t.exp_avg_sq);
-    for (int64_t i = thread_index(); i < items; i += thread_count()) {
-        const Pack<T, N> grad = grads[i];
-        Pack<T, N> weight = weights[i], average = averages[i], square = squares[i];
-#pragma unroll
-        for (int j = 0; j < N; ++j) adamw_element(constants, grad.v[j], weight.v[j], average.v[j], square.v[j]);
-        weights[i] = weight, averages[i] = average, squares[i] = square;
-        if constexpr (!std::is_same_v<Low, None>) {
-            Pack<Low, N> low;
-#pragma unroll
-            for (int j = 0; j < N; ++j) low.v[j] = store<Low>(static_cast<typename Compute<Low>::type>(weight.v[j]));
-            static_cast<Pack<Low, N>*>(t.low)[i] = low;
-        }
+    AdamW<T> constants = shared;
+    for (int64_t i = blockIdx.x; i < table.chunks; i += gridDim.x) {
+        const Chunk chunk = find_chunk<kAdamWChunk>(table, i);
+        const AdamWTensor t = table.entry[chunk.tensor];
+        constants.decay = adamw_decay<T>(lr, t.weight_decay);
+        const bool vectors = starts_vector(t.grad) && starts_vector(t.weight) && starts_vector(t.exp_avg) &&
+                             starts_vector(t.exp_avg_sq) && starts_vector(t.low);
+        const int64_t whole = vectors ? (chunk.end - chunk.begin) / N : 0;
+        for (int64_t j = threadIdx.x; j < whole; j += kThreads) update<T, Low, N>(constants, t, chunk.begin + j * N);
+        for (int64_t at = chunk.begin + whole * N + threadIdx.x; at < chunk.end; at += kThreads) update<T, Low, 1>(constants, t, at);
     }
 }
 
 template <typename T, typename Low>
-int launch(const AdamWTensors& t, const AdamWSettings& settings, void* stream) {
-    constexpr int N = 16 / sizeof(T);
-    const bool vectors = t.n % N == 0 && aligned(t.grad) && aligned(t.weight) && aligned(t.exp_avg) && aligned(t.exp_avg_sq) && aligned(t.low);
-    const int64_t items = vectors ? t.n / N : t.n;
-    // A few thousand thread blocks fill any GPU; more would only repeat the powers.
-    const unsigned blocks = blocks_for(items, 4096);
-    const auto on = static_cast<cudaStream_t>(stream);
-    if (vectors) {
-        adamw_kernel<T, Low, N><<<blocks, kThreads, 0, on>>>(t, settings, items);
+int launch(const AdamWTensor* tensors, int64_t count, const AdamWScalars& scalars, const AdamWSettings& settings, cudaStream_t stream) {
+    const auto with_table = [&](const auto& table) {
+        const unsigned blocks = static_cast<unsigned>(table.chunks < 0x7fffffff ? table.chunks : 0x7fffffff);
+        adamw_kernel<T, Low><<<blocks, kThreads, 0, stream>>>(table, scalars, settings);
+    };
+    if (count == 1) {  // a flat buffer: no need to carry a whole table
+        for_tables<1, kAdamWChunk>(tensors, count, with_table);
     } else {
-        adamw_kernel<T, Low, 1><<<blocks, kThreads, 0, on>>>(t, settings, items);
+        for_tables<kListTensors, kAdamWChunk>(tensors, count, with_table);
     }
     return cudaGetLastError();
 }
 
-template <typename T>
-int dispatch_low(Type low_type, const AdamWTensors& t, const AdamWSettings& settings, void* stream) {
-    if (t.low == nullptr) return launch<T, None>(t, settings, stream);
-    if (low_type == Type::kBFloat16) return launch<T, __nv_bfloat16>(t, settings, stream);
-    if (low_type == Type::kFloat16) return launch<T, __half>(t, settings, stream);
-    if constexpr (std::is_same_v<T, double>) {
-        if (low_type == Type::kFloat) return launch<T, float>(t, settings, stream);
+int adamw(Type type, Type low_type, const AdamWTensor* tensors, int64_t count, const AdamWScalars& scalars, const AdamWSettings& settings,
+          void* stream) {
+    const auto on = static_cast<cudaStream_t>(stream);
+    const bool low = count > 0 && tensors[0].low != nullptr;
+    if (type == Type::kFloat) {
+        if (!low) return launch<float, None>(tensors, count, scalars, settings, on);
+        if (low_type == Type::kBFloat16) return launch<float, __nv_bfloat16>(tensors, count, scalars, settings, on);
+        if (low_type == Type::kFloat16) return launch<float, __half>(tensors, count, scalars, settings, on);
+    } else if (type == Type::kDouble) {
+        if (!low) return launch<double, None>(tensors, count, scalars, settings, on);
+        if (low_type == Type::kFloat) return launch<double, float>(tensors, count, scalars, settings, on);
+        if (low_type == Type::kBFloat16) return launch<double, __nv_bfloat16>(tensors, count, scalars, settings, on);
+        if (low_type == Type::kFloat16) return launch<double, __half>(tensors, count, scalars, settings, on);
     }
-    return cudaErrorInvalidValue;
-}
-
-int adamw(Type type, Type low_type, const AdamWTensors& tensors, const AdamWSettings& settings, void* stream) {
-    if (type == Type::kFloat) return dispatch_low<float>(low_type, tensors, settings, stream);
-    if (type == Type::kDouble) return dispatch_low<double>(low_type, tensors, settings, stream);
     return cudaErrorInvalidValue;
 }
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,25 @@ def adamw_(
         target.copy_(torch.where(still, target, value))
     if low is not None:
         low.copy_(torch.where(still, low, weight.to(low.dtype)))
+
+
+def adamw_many_(
+    masters: Sequence[Tensor],
+    lows: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor,
+    skip: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decays: Sequence[float],
+) -> None:
+    """See `megactl.engine.ops.adamw.adamw_many_`; `lows` is empty where no tensor has a low-precision copy."""
+    scalars = (lr, step, grad_scale, skip, beta1, beta2, eps)
+    copies = lows or [None] * len(masters)
+    for master, low, *others, decay in zip(masters, copies, grads, exp_avgs, exp_avg_sqs, weight_decays, strict=True):
+        adamw_(master, low, *others, *scalars, decay)
