@@ -2,6 +2,37 @@
 
 from megactl.engine.ops.adamw import adamw_
 from megactl.engine.ops.library import describe, use_compiled
+from megactl.engine.ops.norm import (
+    add_layer_norm,
+    add_layer_norm_forward,
+    add_rms_norm,
+    add_rms_norm_forward,
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_forward,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_forward,
+)
 from megactl.engine.ops.philox import INITIALISATION_STEP, dropout_add, normal_, philox_bits_, stream_of
 
-__all__ = ["INITIALISATION_STEP", "adamw_", "describe", "dropout_add", "normal_", "philox_bits_", "stream_of", "use_compiled"]
+__all__ = [
+    "INITIALISATION_STEP",
+    "adamw_",
+    "add_layer_norm",
+    "add_layer_norm_forward",
+    "add_rms_norm",
+    "add_rms_norm_forward",
+    "describe",
+    "dropout_add",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_forward",
+    "normal_",
+    "philox_bits_",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "stream_of",
+    "use_compiled",
+]
