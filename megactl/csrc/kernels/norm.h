@@ -56,7 +56,7 @@ template <typename C>
 struct RowGradient {
     C rstd, mean_a, mean_az;
 
-    MEGACTL_INLINE C operator()(C a, C z) const { return rstd * (a - mean_a - z * mean_az); }
+    MEGACTL_INLINE C operator()(C a, C z) const { return rstd * multiply_add(z, -mean_az, a - mean_a); }
 };
 
 // From sums over the row of a, of a d and of d, with d = x - mean; sets RowNorm's `offset`, too.
