@@ -4,6 +4,9 @@
 // each other, threadIdx.y. A thread holds every blockDim.x-th pack of N elements, so that a warp reads consecutive packs.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/norm.h"
 #include "kernels/norm.h"
@@ -48,16 +51,25 @@ __device__ __forceinline__ void row_sums(C (&v)[K], WarpSums<K, C>& shared) {
     for (int k = 0; k < K; ++k) v[k] = __shfl_sync(0xffffffffu, v[k], 0);
 }
 
-// N weights. Parameters may lie anywhere in a flat buffer; where they are not aligned they are read one by one, from the cache.
-template <int N, typename W, typename C>
-__device__ __forceinline__ void load_weights(const W* from, bool vectors, C (&to)[N]) {
-    if (vectors) {
-        const Pack<W, N> pack = *reinterpret_cast<const Pack<W, N>*>(from);
+// The elements of a pack in the type of the arithmetic. 16-bit ones are taken by twos: one by one, each would lie in its own register.
+template <typename T, int N, typename C>
+__device__ __forceinline__ void widen(const Pack<T, N>& pack, C (&to)[N]) {
+    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+        uint32_t words[N / 2];
+        memcpy(words, &pack, sizeof words);
 #pragma unroll
-        for (int j = 0; j < N; ++j) to[j] = load(pack.v[j]);
+        for (int w = 0; w < N / 2; ++w) {
+            if constexpr (std::is_same_v<T, __half>) {
+                __half2 two;
+                memcpy(&two, &words[w], sizeof two);
+                to[2 * w] = __low2float(two), to[2 * w + 1] = __high2float(two);
+            } else {
+                to[2 * w] = __uint_as_float(words[w] << 16), to[2 * w + 1] = __uint_as_float(words[w] & 0xffff0000u);
+            }
+        }
     } else {
 #pragma unroll
-        for (int j = 0; j < N; ++j) to[j] = load(from[j]);
+        for (int j = 0; j < N; ++j) to[j] = load(pack.v[j]);
     }
 }
 
@@ -71,6 +83,17 @@ __device__ __forceinline__ void stay_packed(Pack<T, N>& pack) {
 #pragma unroll
         for (int w = 0; w < N / 2; ++w) asm volatile("" : "+r"(words[w]));
         memcpy(&pack, words, sizeof words);
+    }
+}
+
+// N weights. Parameters may lie anywhere in a flat buffer; where they are not aligned they are read one by one, from the cache.
+template <int N, typename W, typename C>
+__device__ __forceinline__ void load_weights(const W* from, bool vectors, C (&to)[N]) {
+    if (vectors) {
+        widen(*reinterpret_cast<const Pack<W, N>*>(from), to);
+    } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) to[j] = load(from[j]);
     }
 }
 

@@ -116,8 +116,10 @@ __global__ void __launch_bounds__(most_threads(N, P), P == 1 ? 2 : 1) backward_k
             const int column = (threadIdx.x + p * blockDim.x) * N;
             if (!active || column >= t.columns) continue;
             if (!kKeepWeight) load_weights<N>(weights + column, vectors, weight[p]);
+            C g[N], v[N];
+            widen(grad[p], g), widen(x[p], v);
 #pragma unroll
-            for (int j = 0; j < N; ++j) add_element<kRms>(sums, load(grad[p].v[j]) * weight[p][j], load(x[p].v[j]), norm.mean);
+            for (int j = 0; j < N; ++j) add_element<kRms>(sums, g[j] * weight[p][j], v[j], norm.mean);
         }
         row_sums(sums, shared[turn]);
         const RowGradient<C> gradient = gradient_of<kRms>(sums, norm, static_cast<C>(t.columns));
@@ -130,17 +132,23 @@ __global__ void __launch_bounds__(most_threads(N, P), P == 1 ? 2 : 1) backward_k
                 add[p] = *reinterpret_cast<const Packed*>(static_cast<const T*>(t.grad_sum) + start + column);
             }
             stay_packed(grad[p]), stay_packed(x[p]);
-            Packed out;
+            C g[N], v[N];
+            widen(grad[p], g), widen(x[p], v);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-                const C g = load(grad[p].v[j]);
-                const C z = normalised<kRms>(norm, load(x[p].v[j]));
-                C grad_x = gradient(g * weight[p][j], z);
-                if (t.grad_sum != nullptr) grad_x += load(add[p].v[j]);
-                out.v[j] = store<T>(grad_x);
-                grad_weight[p][j] = multiply_add(g, z, grad_weight[p][j]);
-                if constexpr (!kRms) grad_bias[p][j] += g;
+                const C z = normalised<kRms>(norm, v[j]);
+                v[j] = gradient(g[j] * weight[p][j], z);
+                grad_weight[p][j] = multiply_add(g[j], z, grad_weight[p][j]);
+                if constexpr (!kRms) grad_bias[p][j] += g[j];
             }
+            if (t.grad_sum != nullptr) {
+                widen(add[p], g);
+#pragma unroll
+                for (int j = 0; j < N; ++j) v[j] += g[j];
+            }
+            Packed out;
+#pragma unroll
+            for (int j = 0; j < N; ++j) out.v[j] = store<T>(v[j]);
             *reinterpret_cast<Packed*>(static_cast<T*>(t.grad_x) + start + column) = out;
         }
     }

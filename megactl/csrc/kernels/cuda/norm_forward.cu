@@ -17,8 +17,10 @@ __device__ __forceinline__ Pack<T, N> load_row_pack(const void* x, const void* r
     P in = *reinterpret_cast<const P*>(static_cast<const T*>(x) + at);
     if (residual == nullptr) return in;
     const P add = *reinterpret_cast<const P*>(static_cast<const T*>(residual) + at);
+    typename Compute<T>::type ins[N], adds[N];
+    widen(in, ins), widen(add, adds);
 #pragma unroll
-    for (int j = 0; j < N; ++j) in.v[j] = store<T>(load(in.v[j]) + load(add.v[j]));
+    for (int j = 0; j < N; ++j) in.v[j] = store<T>(ins[j] + adds[j]);
     *reinterpret_cast<P*>(static_cast<T*>(sum) + at) = in;
     return in;
 }
@@ -27,16 +29,17 @@ __device__ __forceinline__ Pack<T, N> load_row_pack(const void* x, const void* r
 template <typename W, bool kRms, typename T, int N, typename C>
 __device__ __forceinline__ void store_row_pack(const NormForward& t, bool vectors, const RowNorm<C>& norm, int64_t start, int64_t column,
                                                const Pack<T, N>& row) {
-    C weight[N], bias[N];
+    C weight[N], bias[N], v[N];
+    widen(row, v);
     load_weights<N>(static_cast<const W*>(t.weight) + column, vectors, weight);
     if constexpr (!kRms) load_weights<N>(static_cast<const W*>(t.bias) + column, vectors, bias);
     Pack<T, N> out;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
         if constexpr (kRms) {
-            out.v[j] = store<T>(load(row.v[j]) * norm.rstd * weight[j]);
+            out.v[j] = store<T>(v[j] * norm.rstd * weight[j]);
         } else {
-            out.v[j] = store<T>(multiply_add(norm(load(row.v[j])), weight[j], bias[j]));
+            out.v[j] = store<T>(multiply_add(norm(v[j]), weight[j], bias[j]));
         }
     }
     *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(t.y) + start + column) = out;
@@ -78,7 +81,7 @@ __device__ __forceinline__ RowNorm<C> statistics(const NormForward& t, const For
 }
 
 template <typename T, typename W, bool kRms, int N, int P, int kBound>
-__global__ void __launch_bounds__(kBound) forward_kernel(NormForward t, bool vectors) {
+__global__ void __launch_bounds__(kBound, kBound == kMostThreads ? 1 : 7) forward_kernel(NormForward t, bool vectors) {
     using C = typename Compute<T>::type;
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
     for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < t.rows; row += step) {
@@ -94,8 +97,10 @@ __global__ void __launch_bounds__(kBound) forward_kernel(NormForward t, bool vec
             for (int p = 0; p < P; ++p) {
                 stay_packed(v[p]);
                 if ((threadIdx.x + p * blockDim.x) * N < t.columns) {
+                    C wide[N];
+                    widen(v[p], wide);
 #pragma unroll
-                    for (int j = 0; j < N; ++j) use(load(v[p].v[j]));
+                    for (int j = 0; j < N; ++j) use(wide[j]);
                 }
             }
         });
@@ -123,9 +128,10 @@ __global__ void __launch_bounds__(kMostThreads) forward_long_kernel(NormForward 
         }
         const RowNorm<C> norm = statistics<kRms, C>(t, [&](const auto& use) {
             for (int64_t column = first; column < t.columns; column += step) {
-                const Pack<T, N> v = load_row_pack<T, N>(from, nullptr, nullptr, start + column);
+                C wide[N];
+                widen(load_row_pack<T, N>(from, nullptr, nullptr, start + column), wide);
 #pragma unroll
-                for (int j = 0; j < N; ++j) use(load(v.v[j]));
+                for (int j = 0; j < N; ++j) use(wide[j]);
             }
         });
         for (int64_t column = first; column < t.columns; column += step) {
