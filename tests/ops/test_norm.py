@@ -245,6 +245,14 @@ def test_either_output_may_go_unused(backend, kind):
     assert torch.equal(only_sum[0], torch.full_like(only_sum[0], 3.0))
 
 
+def test_without_gradients_the_result_is_the_same_and_needs_none(backend):
+    tensors = leaves("layer_norm", True)
+    with torch.no_grad():
+        found = ops.add_layer_norm_forward(*tensors, EPSILON)
+    for one, other in zip(found, ops.add_layer_norm_forward(*tensors, EPSILON), strict=True):
+        assert torch.equal(one, other) and not one.requires_grad
+
+
 def test_statistics_need_no_gradient(backend):
     _, mean, rstd = ops.layer_norm_forward(*leaves("layer_norm", False), EPSILON)
     assert not mean.requires_grad and not rstd.requires_grad

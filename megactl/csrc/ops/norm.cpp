@@ -90,7 +90,7 @@ const C* wide_weight(const Tensor& t, std::unique_ptr<C[]>& copy, T) {
 
 template <typename T, typename C>
 std::unique_ptr<C[]> row_scratch(int64_t columns) {
-    return std::unique_ptr<C[]>(std::is_same_v<T, C> ? nullptr : new C[3 * columns]);
+    return std::unique_ptr<C[]>(std::is_same_v<T, C> ? nullptr : new C[cpu::kScratchRows * columns]);
 }
 
 void forward_cpu(const NormInputs& in, const Tensor* residual, const Tensor* bias, double epsilon, NormOutputs& out) {

@@ -44,7 +44,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
 
 def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd): mean and rstd = 1 / sqrt(variance + epsilon) have x's shape without its last dimension."""
-    _check(x, epsilon, weight=weight, bias=bias)
+    _check(x, epsilon, weight, bias)
     return _run("layer_norm_forward", x.contiguous(), *_parameters(x, weight, bias), epsilon)
 
 
@@ -52,7 +52,7 @@ def add_layer_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, sum, mean, rstd): as `layer_norm_forward` of sum = x + residual."""
-    _check(x, epsilon, weight=weight, bias=bias)
+    _check(x, epsilon, weight, bias)
     _check_twins(x, residual=residual)
     return _run("add_layer_norm_forward", x.contiguous(), residual.contiguous(), *_parameters(x, weight, bias), epsilon)
 
@@ -65,7 +65,7 @@ def layer_norm_backward(
     x is what was normalised: x of `layer_norm_forward`, sum of `add_layer_norm_forward`. Where `grad_sum`, sum's gradient from
     elsewhere, is given, grad_x includes it, and is the gradient of x and of the residual both.
     """
-    _check(x, 0.0, weight=weight)
+    _check(x, 0.0, weight)
     _check_twins(x, grad_y=grad_y, grad_sum=grad_sum)
     _check_statistics(x, mean=mean, rstd=rstd)
     dense = (grad_y.contiguous(), x.contiguous(), *_parameters(x, weight), mean.contiguous(), rstd.contiguous())
@@ -74,20 +74,20 @@ def layer_norm_backward(
 
 def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """(y, rstd): rstd = 1 / sqrt(mean of x^2 + epsilon) has x's shape without its last dimension."""
-    _check(x, epsilon, weight=weight)
+    _check(x, epsilon, weight)
     return _run("rms_norm_forward", x.contiguous(), *_parameters(x, weight), epsilon)
 
 
 def add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, sum, rstd): as `rms_norm_forward` of sum = x + residual."""
-    _check(x, epsilon, weight=weight)
+    _check(x, epsilon, weight)
     _check_twins(x, residual=residual)
     return _run("add_rms_norm_forward", x.contiguous(), residual.contiguous(), *_parameters(x, weight), epsilon)
 
 
 def rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, grad_sum: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(grad_x, grad_weight), as `layer_norm_backward`."""
-    _check(x, 0.0, weight=weight)
+    _check(x, 0.0, weight)
     _check_twins(x, grad_y=grad_y, grad_sum=grad_sum)
     _check_statistics(x, rstd=rstd)
     dense = (grad_y.contiguous(), x.contiguous(), *_parameters(x, weight), rstd.contiguous())
@@ -95,23 +95,33 @@ def rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, g
 
 
 def _run(name: str, *arguments: Any) -> Any:
-    return getattr(torch.ops.megactl, name)(*arguments) if use_compiled() else getattr(reference, name)(*arguments)
+    if not use_compiled():
+        return getattr(reference, name)(*arguments)
+    operator = getattr(torch.ops.megactl, name)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*arguments)
+    # The autograd registration is Python, and takes longer than a small norm even where it has nothing to do.
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
 
 
-def _parameters(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _parameters(x: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Contiguous; beside a float64 x in float64, so that the kernels need no fourth pair of types."""
-    return tuple((tensor.double() if x.dtype == torch.float64 else tensor).contiguous() for tensor in tensors)
+    if x.dtype == torch.float64:
+        return [tensor.double().contiguous() for tensor in tensors]
+    return [tensor.contiguous() for tensor in tensors]
 
 
-def _check(x: Tensor, epsilon: float, **parameters: Tensor) -> None:
-    if x.dtype not in FLOATS or x.dim() < 1 or x.shape[-1] < 1:
+def _check(x: Tensor, epsilon: float, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Written for the case that all is well: this runs in every layer of every step."""
+    shape, dtype, device, weight_dtype = x.shape, x.dtype, x.device, weight.dtype
+    if dtype not in FLOATS or not shape or shape[-1] < 1:
         raise ValueError(f"x is {_looks(x)}: must be a floating-point tensor [..., columns] with at least one column")
     if not epsilon >= 0.0:
         raise ValueError(f"epsilon = {epsilon}: must not be negative")
-    dtypes = {tensor.dtype for tensor in parameters.values()}
-    fits = all(tensor.shape == x.shape[-1:] and tensor.device == x.device for tensor in parameters.values())
-    if not fits or (dtypes != {x.dtype} and dtypes != {torch.float32}):
-        looks = ", ".join(f"{name} is {_looks(tensor)}" for name, tensor in parameters.items())
+    fits = weight.shape == shape[-1:] and weight.device == device and (weight_dtype == dtype or weight_dtype == torch.float32)
+    if not fits or (bias is not None and (bias.shape != weight.shape or bias.device != device or bias.dtype != weight_dtype)):
+        looks = f"weight is {_looks(weight)}{'' if bias is None else f', bias is {_looks(bias)}'}"
         raise ValueError(f"{looks}, x is {_looks(x)}: must be [columns] on x's device, in x's dtype or float32, of one dtype")
 
 

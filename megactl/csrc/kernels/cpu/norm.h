@@ -99,14 +99,27 @@ MEGACTL_INLINE void narrowed(const C* from, int64_t n, T* row) {
     if constexpr (!std::is_same_v<T, C>) narrow(from, n, row);
 }
 
+// Rows of scratch: three for each of the rows that a backward pass works on together.
+constexpr int64_t kScratchRows = 12;
+
 template <typename C>
 struct NormRows {
     int64_t rows, columns;
     const C *weight, *bias;  // bias is null for RMSNorm
     C epsilon;
     C *mean, *rstd;  // [rows]; mean is null for RMSNorm
-    C* scratch;      // [3 * columns], unused where the element type is C
+    C* scratch;      // [kScratchRows, columns], unused where the element type is C
 };
+
+// sum = x + residual, rounded to T; returns it in the type of the arithmetic.
+template <typename T, typename C>
+MEGACTL_INLINE const C* added(const T* x, const T* residual, int64_t n, T* sum, C* scratch) {
+    const C *__restrict const xs = widened(x, n, scratch), *__restrict const rs = widened(residual, n, scratch + n);
+    C* __restrict const total = unnarrowed(sum, scratch + 2 * n);
+    for (int64_t i = 0; i < n; ++i) total[i] = xs[i] + rs[i];
+    narrowed(total, n, sum);
+    return widened(sum, n, scratch);
+}
 
 // y = norm(s) with s = x, or x + residual rounded to T, which goes to `sum`.
 template <typename T, typename C = typename Compute<T>::type>
@@ -114,16 +127,8 @@ MEGACTL_INLINE void norm_forward_rows(const NormRows<C>& a, const T* x, const T*
     const int64_t n = a.columns;
     const C *__restrict const weight = a.weight, *__restrict const bias = a.bias;
     for (int64_t row = 0; row < a.rows; ++row, x += n, y += n) {
-        const T* __restrict from = x;
-        if (residual) {
-            const C *__restrict const xs = widened(x, n, a.scratch), *__restrict const rs = widened(residual, n, a.scratch + n);
-            C* __restrict const total = unnarrowed(sum, a.scratch + 2 * n);
-            for (int64_t i = 0; i < n; ++i) total[i] = xs[i] + rs[i];
-            narrowed(total, n, sum);
-            from = sum;
-            residual += n, sum += n;
-        }
-        const C* __restrict const s = widened(from, n, a.scratch);
+        const C* __restrict const s = residual ? added(x, residual, n, sum, a.scratch) : widened(x, n, a.scratch);
+        if (residual) residual += n, sum += n;
         C* __restrict const to = unnarrowed(y, a.scratch + n);
         C sums[2];
         if (bias) {
@@ -148,50 +153,92 @@ MEGACTL_INLINE void norm_forward_rows(const NormRows<C>& a, const T* x, const T*
     }
 }
 
-// grad_x, and this run of rows' part of the gradients of weight and bias, [columns] each, overwritten. grad_sum may be null.
-template <typename T, typename C = typename Compute<T>::type>
-MEGACTL_INLINE void norm_backward_rows(const NormRows<C>& a, const T* grad_y, const T* x, const T* grad_sum, T* grad_x,
-                                       C* __restrict grad_weight, C* __restrict grad_bias) {
+// Rows whose second pass is made together, so that the sums over rows are loaded and stored once for all of them.
+constexpr int kTogether = kScratchRows / 3;
+
+// A row between the two passes of its backward.
+template <typename C>
+struct BackwardRow {
+    const C *grad, *x;
+    C* to;
+    RowNorm<C> norm;
+    RowGradient<C> gradient;
+};
+
+// The first pass: the sums over the row.
+template <bool kRms, typename C>
+MEGACTL_INLINE void start_backward(const NormRows<C>& a, int64_t row, BackwardRow<C>& b) {
     const int64_t n = a.columns;
-    const C* __restrict const weight = a.weight;
+    const C *const g = b.grad, *const s = b.x, *const weight = a.weight;
+    const C rstd = a.rstd[row], mean = kRms ? C(0) : a.mean[row];
+    b.norm = {mean, rstd, C(0)};
+    if constexpr (kRms) {
+        C sums[1];
+        row_sums(n, sums, [&](auto at, auto* v) __attribute__((always_inline)) { v[0] = at(g) * at(weight) * at(s); });
+        b.gradient = {rstd, C(0), rstd * sums[0] / static_cast<C>(n)};
+    } else {
+        C sums[3];
+        row_sums(n, sums, [&](auto at, auto* v) __attribute__((always_inline)) {
+            const auto g_w = at(g) * at(weight), d = at(s) - mean;
+            v[0] = g_w, v[1] = g_w * d, v[2] = d;
+        });
+        b.gradient = row_gradient(rstd, sums[0], sums[1], sums[2], static_cast<C>(n), b.norm.offset);
+    }
+}
+
+// The second pass over kRows rows: grad_x, and their part of the weights' gradients.
+template <bool kRms, int kRows, typename C>
+MEGACTL_INLINE void finish_backward(int64_t n, const C* weight, const BackwardRow<C>* from, C* grad_weight, C* grad_bias) {
+    BackwardRow<C> rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = from[r];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+        C sum_weight = grad_weight[i], sum_bias = kRms ? C(0) : grad_bias[i];
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+            const C g = rows[r].grad[i], x = rows[r].x[i], z = kRms ? x * rows[r].norm.rstd : rows[r].norm(x);
+            rows[r].to[i] = rows[r].gradient(g * weight[i], z);
+            sum_weight += g * z;
+            sum_bias += g;
+        }
+        grad_weight[i] = sum_weight;
+        if constexpr (!kRms) grad_bias[i] = sum_bias;
+    }
+}
+
+// grad_x, and this run of rows' part of the gradients of weight and bias, [columns] each, overwritten. grad_sum may be null.
+template <bool kRms, typename T, typename C = typename Compute<T>::type>
+MEGACTL_INLINE void norm_backward_rows(const NormRows<C>& a, const T* grad_y, const T* x, const T* grad_sum, T* grad_x, C* grad_weight,
+                                       C* grad_bias) {
+    const int64_t n = a.columns;
     for (int64_t i = 0; i < n; ++i) grad_weight[i] = C(0);
-    if (a.mean) {
+    if constexpr (!kRms) {
         for (int64_t i = 0; i < n; ++i) grad_bias[i] = C(0);
     }
-    for (int64_t row = 0; row < a.rows; ++row, grad_y += n, x += n, grad_x += n) {
-        const C *__restrict const g = widened(grad_y, n, a.scratch), *__restrict const s = widened(x, n, a.scratch + n);
-        C* __restrict const to = unnarrowed(grad_x, a.scratch + 2 * n);
-        const C rstd = a.rstd[row];
-        if (a.mean) {
-            RowNorm<C> norm{a.mean[row], rstd, C(0)};
-            C sums[3];
-            row_sums(n, sums, [&](auto at, auto* v) __attribute__((always_inline)) {
-                const auto g_w = at(g) * at(weight), d = at(s) - norm.mean;
-                v[0] = g_w, v[1] = g_w * d, v[2] = d;
-            });
-            const RowGradient<C> gradient = row_gradient(rstd, sums[0], sums[1], sums[2], static_cast<C>(n), norm.offset);
-            for (int64_t i = 0; i < n; ++i) {
-                const C z = norm(s[i]);
-                to[i] = gradient(g[i] * weight[i], z);
-                grad_weight[i] += g[i] * z;
-                grad_bias[i] += g[i];
-            }
+    for (int64_t row = 0; row < a.rows; row += kTogether) {
+        const int64_t left = a.rows - row, together = left < kTogether ? left : kTogether;
+        BackwardRow<C> rows[kTogether];
+        for (int64_t r = 0; r < together; ++r) {
+            const int64_t at = (row + r) * n;
+            C* const scratch = a.scratch + 3 * r * n;
+            rows[r].grad = widened(grad_y + at, n, scratch), rows[r].x = widened(x + at, n, scratch + n);
+            rows[r].to = unnarrowed(grad_x + at, scratch + 2 * n);
+            start_backward<kRms>(a, row + r, rows[r]);
+        }
+        if (together == kTogether) {
+            finish_backward<kRms, kTogether>(n, a.weight, rows, grad_weight, grad_bias);
         } else {
-            C sums[1];
-            row_sums(n, sums, [&](auto at, auto* v) __attribute__((always_inline)) { v[0] = at(g) * at(weight) * at(s); });
-            const RowGradient<C> gradient{rstd, C(0), rstd * sums[0] / static_cast<C>(n)};
-            for (int64_t i = 0; i < n; ++i) {
-                const C z = s[i] * rstd;
-                to[i] = gradient(g[i] * weight[i], z);
-                grad_weight[i] += g[i] * z;
+            for (int64_t r = 0; r < together; ++r) finish_backward<kRms, 1>(n, a.weight, rows + r, grad_weight, grad_bias);
+        }
+        for (int64_t r = 0; r < together; ++r) {
+            const int64_t at = (row + r) * n;
+            C* const __restrict to = rows[r].to;
+            if (grad_sum) {
+                const C* const __restrict add = widened(grad_sum + at, n, a.scratch + 3 * r * n);
+                for (int64_t i = 0; i < n; ++i) to[i] += add[i];
             }
+            narrowed(to, n, grad_x + at);
         }
-        if (grad_sum) {
-            const C* __restrict const add = widened(grad_sum, n, a.scratch);
-            for (int64_t i = 0; i < n; ++i) to[i] += add[i];
-            grad_sum += n;
-        }
-        narrowed(to, n, grad_x);
     }
 }
 
@@ -215,7 +262,11 @@ MEGACTL_INLINE void sum_runs_of(int64_t runs, int64_t columns, int64_t first, in
     }                                                                                                                             \
     MEGACTL_CLONES static void norm_backward(const NormRows<Compute<T>::type>& a, const T* grad_y, const T* x, const T* grad_sum,  \
                                              T* grad_x, Compute<T>::type* grad_weight, Compute<T>::type* grad_bias) {             \
-        norm_backward_rows(a, grad_y, x, grad_sum, grad_x, grad_weight, grad_bias);                                               \
+        if (a.mean) {                                                                                                             \
+            norm_backward_rows<false>(a, grad_y, x, grad_sum, grad_x, grad_weight, grad_bias);                                    \
+        } else {                                                                                                                  \
+            norm_backward_rows<true>(a, grad_y, x, grad_sum, grad_x, grad_weight, grad_bias);                                     \
+        }                                                                                                                         \
     }
 MEGACTL_NORM_KERNELS(double)
 MEGACTL_NORM_KERNELS(float)
