@@ -4,12 +4,28 @@ from megactl.engine.ops.adamw import adamw_, adamw_many_
 from megactl.engine.ops.cross_entropy import cross_entropy, cross_entropy_backward, cross_entropy_backward_, cross_entropy_forward
 from megactl.engine.ops.gradients import clip_gradients_, scale_, squared_norm
 from megactl.engine.ops.library import describe, use_compiled
+from megactl.engine.ops.norm import (
+    add_layer_norm,
+    add_layer_norm_forward,
+    add_rms_norm,
+    add_rms_norm_forward,
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_forward,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_forward,
+)
 from megactl.engine.ops.philox import INITIALISATION_STEP, dropout_add, normal_, philox_bits_, stream_of
 
 __all__ = [
     "INITIALISATION_STEP",
     "adamw_",
     "adamw_many_",
+    "add_layer_norm",
+    "add_layer_norm_forward",
+    "add_rms_norm",
+    "add_rms_norm_forward",
     "clip_gradients_",
     "cross_entropy",
     "cross_entropy_backward",
@@ -17,8 +33,14 @@ __all__ = [
     "cross_entropy_forward",
     "describe",
     "dropout_add",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "normal_",
     "philox_bits_",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "scale_",
     "squared_norm",
     "stream_of",
