@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Lays loss curves of the same model on the same data over each other, and says how far they are apart.
 
-    PYTHONPATH=. python3 scripts/bench_gpu/compare_loss.py megactl=runs/a plain=plain.jsonl again=jitter.jsonl --noise plain again --output loss
+    PYTHONPATH=. python3 scripts/bench_gpu/compare_loss.py \\
+        megactl=runs/a plain=plain.jsonl again=jitter.jsonl --noise plain again --output loss
 
 Each NAME=PATH is a run directory, its metrics.jsonl, or the output of plain_loss.py; the first is what the others are compared with.
 --noise A B names two that differ by rounding alone (the same run twice, or with plain_loss.py --jitter): their distance is the yardstick.
@@ -14,6 +15,7 @@ import argparse
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,7 +77,7 @@ def report(curves: dict[str, dict[int, float]], noise: tuple[str, str] | None, k
     yardstick = distance(curves[noise[0]], curves[noise[1]]) if noise else None
     distances = {name: distance(curves[first], curves[name]) for name in others}
     lines = [f"{key}, compared with {first}:", ""]
-    lines += ["| curve | iterations | largest difference (at) | mean difference | signed mean | in the last quarter | mean, in units of noise |"]
+    lines += ["| curve | iterations | largest difference (at) | mean difference | signed mean | in the last quarter | mean / noise |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     shown = {**distances, **({f"noise: {noise[0]}, {noise[1]}": yardstick} if yardstick and noise else {})}
     for name, item in shown.items():
@@ -115,7 +117,7 @@ def draw(curves: dict[str, dict[int, float]], noise: tuple[str, str] | None, key
     figure.savefig(path)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("curves", nargs="+", metavar="NAME=PATH")
@@ -123,7 +125,7 @@ def main() -> None:
     parser.add_argument("--key", default="loss", help="loss, lm_loss or sentence_loss")
     parser.add_argument("--output", type=Path, required=True, help="path of the page and the picture, without a suffix")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     pairs = [text.partition("=") for text in arguments.curves]
     if len(pairs) < 2 or not all(name and path for name, _, path in pairs):
         parser.error("give two curves or more, each as NAME=PATH")

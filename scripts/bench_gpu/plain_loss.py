@@ -23,7 +23,7 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,8 @@ class PlainTraining:
         for master in self.masters:
             master.grad = torch.zeros_like(master)
         config = run.optimizer
-        groups = [{"params": [m for m in self.masters if m.ndim > 1]}, {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0}]
+        decayed, rest = ([m for m in self.masters if (m.ndim > 1) == wanted] for wanted in (True, False))
+        groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.epsilon, weight_decay=config.weight_decay, fused=True
         )
@@ -195,7 +196,7 @@ def train(arguments: argparse.Namespace) -> None:
                 break
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path)
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--jitter", type=float, default=0.0)
     parser.add_argument("--jitter-seed", type=int, default=0)
     parser.add_argument("--log-interval", type=int, default=50)
-    train(parser.parse_args())
+    train(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

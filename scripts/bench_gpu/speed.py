@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def facts() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run all rounds; 1 where a contestant never gave a figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours", action="append", metavar="NAME=FLAGS", help=f"default: {OURS}")
@@ -159,7 +160,7 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds of one run")
     parser.add_argument("--output", type=Path, required=True, help="path of the two files, without a suffix")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     contestants = []
     for text, ours in [*((text, True) for text in arguments.ours or [OURS]), *((text, False) for text in arguments.peer)]:
         name, equals, command = text.partition("=")

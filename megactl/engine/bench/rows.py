@@ -119,11 +119,11 @@ def _rows_of(plan: Plan, clock: Clock, blank: Row, size: Size) -> Iterator[Row]:
     while works:
         # Popped, so that a finished piece of work gives its tensors back before the next one is timed.
         yield _timed(plan, clock, blank, works.pop(0))
-        # Each function is compiled for its own shapes; without this the compiler gives up after eight of them.
-        if plan.compile:
-            torch.compiler.reset()
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()
+    # A function is compiled for each of its shapes and types; without this the compiler gives up after eight of them.
+    if plan.compile:
+        torch.compiler.reset()
 
 
 def _timed(plan: Plan, clock: Clock, blank: Row, work: Work) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,7 +64,12 @@ def differentiable(
     `forward` and `backward` are (bytes that must be moved, of what); `compiled` names the peer for torch.compile (default: the first).
     The forward records what its backward needs, as in training; a backward is timed alone, each time on a new graph.
     """
-    plain = peers[compiled or next(iter(peers))]
+
+    # The forward's compilation serves the backward, too: it takes seconds.
+    @cache
+    def compiled_once() -> Function:
+        return torch.compile(peers[compiled or next(iter(peers))], dynamic=False, fullgraph=True)
+
     # One set of output gradients for all, made from the shapes that the first peer gives.
     gradients: list[tuple[Tensor, ...]] = []
 
@@ -88,7 +94,7 @@ def differentiable(
             Work(
                 direction, variant, tuple(inputs[0].shape), moved, moves, make(OURS, ours),
                 tuple(make(name, function) for name, function in peers.items()),
-                lambda make=make: make(COMPILE, torch.compile(plain, dynamic=False, fullgraph=True)), agree,
+                lambda make=make: make(COMPILE, compiled_once()), agree,
             )
         )  # fmt: skip
     return found
