@@ -60,6 +60,19 @@ def test_plain_pytorch_follows_a_run_to_the_last_digits(tmp_path, script, words)
         assert other["learning_rate"] == one["learning_rate"]
 
 
+@pytest.mark.parametrize("words", [[], pytest.param(["--norm-position", "post", "--gelu", "erf", "--tp", "2"], marks=pytest.mark.nightly)])
+def test_plain_bert_follows_a_run_to_the_last_digits(tmp_path, script, words):
+    if "bert" not in importlib.import_module("megactl.engine.models").MODELS:
+        pytest.skip("this version has no BERT")
+    train(tmp_path / "run", "--model", "bert", "--precision", "fp64", *words)
+    script("plain_loss").main([str(tmp_path / "run"), "--output", str(tmp_path / "plain.jsonl")])
+    ours, plain = records(tmp_path / "run" / "metrics.jsonl"), records(tmp_path / "plain.jsonl")
+    assert len(plain) == 5
+    for one, other in zip(ours, plain, strict=True):
+        for name in ("loss", "lm_loss", "sentence_loss", "grad_norm"):
+            assert other[name] == pytest.approx(one[name], rel=1e-9)
+
+
 CONFIG = """schema_version = 1
 preset = "gpt-tiny"
 
