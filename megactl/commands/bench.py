@@ -20,6 +20,7 @@ _HEADER = ("operator", "direction", "size", "shape", "type", "megactl", "eager",
 _HEADER += ("GB/s", "of copy", "against torch", "verdict")
 _DEVICES, _DTYPES = ("auto", "cpu", "cuda"), ("fp32", "bf16", "fp16", "fp64")
 _WIDE = 230
+EXIT_INTERRUPTED = 130
 
 
 @app.callback()
@@ -67,17 +68,30 @@ def ops(
 
     environment = bench_environment(plan.device)
     say(f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}; operators: {environment['operators']}")
-    rows = run_operators(plan, lambda row: say(_progress(row)))
+    rows: list[Row] = []
+
+    def done(row: Row) -> None:
+        rows.append(row)
+        say(_progress(row))
+
+    try:
+        run_operators(plan, done)
+        interrupted = False
+    except KeyboardInterrupt:
+        # Minutes of measuring may be done already.
+        interrupted = True
+        say("interrupted: these are the rows that were done", label="warning")
     if markdown is not None:
         _write(markdown, markdown_page(rows, environment))
     if json_:
-        emit_json({"environment": environment, "seconds": plan.seconds, "rows": [row.as_dict() for row in rows]})
+        facts = {"environment": environment, "seconds": plan.seconds, "interrupted": interrupted}
+        emit_json({**facts, "rows": [row.as_dict() for row in rows]})
     else:
         _print_table(rows)
     failed = [row for row in rows if row.is_slower_than_eager or row.verdict in ("differs", "failed")]
     if check and failed:
         say(f"{len(failed)} of {len(rows)} rows are slower than eager torch, differ from it, or failed: {', '.join(map(_name, failed))}")
-    return int(check and bool(failed))
+    return EXIT_INTERRUPTED if interrupted else int(check and bool(failed))
 
 
 def _plan(given: Mapping[str, Any]) -> Plan:

@@ -33,7 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds a step may take; together under eight minutes.
-LIMITS = {"build": 130, "load": 40, "tests": 110, "bench": 120, "memcheck": 45, "racecheck": 30}
+LIMITS = {"build": 120, "load": 30, "tests": 100, "bench": 150, "memcheck": 45, "racecheck": 30}
 # Captured graphs need torch's caching allocator, which memcheck runs without; the others compile or time.
 UNFIT = "not graph and not opcheck and not compile and not bench and not host"
 SHARED_MEMORY = "norm or softmax or cross_entropy or adamw or squared"
@@ -183,7 +183,7 @@ def main() -> int:
     parser.add_argument("--steps", default=",".join(LIMITS), help="comma-separated")
     parser.add_argument("--limit", action="append", default=[], metavar="STEP=SECONDS")
     parser.add_argument("--archs", default="90a", help="MEGACTL_ARCHS of the build")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each row of bench")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each row of bench")
     arguments = parser.parse_args()
     wanted, limits = arguments.steps.split(","), dict(LIMITS)
     for text in arguments.limit:

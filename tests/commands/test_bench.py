@@ -78,10 +78,21 @@ def test_every_operator_of_the_table_has_a_row_built_or_not(capsys, monkeypatch)
     ],
 )
 def test_check_fails_where_eager_torch_is_faster(monkeypatch, capsys, rows, code):
-    monkeypatch.setattr(bench, "run_operators", lambda plan, report: rows)
+    monkeypatch.setattr(bench, "run_operators", lambda plan, report: [report(item) for item in rows])
     assert main([*QUICK, "--check"]) == code
     assert main(QUICK) == 0
     assert ("1 of" in capsys.readouterr().err) == bool(code)
+
+
+def test_an_interrupted_run_shows_what_was_done(monkeypatch, capsys):
+    def interrupted(plan, report):
+        report(row())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run_operators", interrupted)
+    assert main([*QUICK, "--json"]) == 130
+    document = json.loads(capsys.readouterr().out)
+    assert document["interrupted"] and [item["op"] for item in document["rows"]] == ["bias_gelu"]
 
 
 def test_cells_and_page_show_what_is_slow_and_what_failed():
