@@ -300,6 +300,7 @@ def test_torch_compile_in_one_graph(backend, kind):
         y, total = plain(x * 2, residual, *parameters)
         return y * 3 + total
 
+    torch._dynamo.reset()  # graphs are kept by code object, and which operators are in use is a constant to them
     # aot_eager traces forward and backward as every backend does, without the C++ compiler a later backend stage needs.
     traced = torch.compile(function, fullgraph=True, backend="aot_eager")
     tensors = leaves(kind, True, torch.float32)

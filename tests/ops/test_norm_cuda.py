@@ -167,6 +167,7 @@ def test_autograd_compile_and_opcheck(compiled, kind):
         y, total = face(*tensors, EPSILON)
         return y * 3 + total
 
+    torch._dynamo.reset()
     expected = function(*tensors)
     gradients = torch.autograd.grad(expected.square().sum(), tensors)
     y = torch.compile(function, fullgraph=True)(*tensors)
