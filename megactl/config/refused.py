@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megactl.config.schema import Run
@@ -18,6 +18,33 @@ class Refusal:
     applies: Callable[[Run], bool]
     reason: str
     instead: str
+
+
+_DYNAMIC_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "loss_scale_hysteresis")
+
+
+def _is_given(name: str) -> Callable[[Run], bool]:
+    return lambda run: getattr(run.training, name) not in (None, 0.0)
+
+
+def _loss_scale_rows() -> Iterator[Refusal]:
+    """A loss scale belongs to fp16, and what moves a scale to a dynamic one."""
+    for name in ("loss_scale", *_DYNAMIC_SCALE):
+        flag, given = f"--{name.replace('_', '-')}", _is_given(name)
+        yield Refusal(
+            (f"training.{name}", "training.precision"),
+            lambda run, given=given: given(run) and run.training.precision != "fp16",
+            "only gradients in fp16 need a loss scale: those of the others have the range of fp32 or more",
+            f"use --precision fp16, or leave {flag} out",
+        )
+    for name in _DYNAMIC_SCALE:
+        flag, given = f"--{name.replace('_', '-')}", _is_given(name)
+        yield Refusal(
+            (f"training.{name}", "training.loss_scale"),
+            lambda run, given=given: given(run) and run.training.precision == "fp16" and run.training.loss_scale != 0.0,
+            "a constant loss scale does not move",
+            f"use --loss-scale 0, or leave {flag} out",
+        )
 
 
 REFUSED: tuple[Refusal, ...] = (
@@ -75,6 +102,7 @@ REFUSED: tuple[Refusal, ...] = (
         "generated tokens have no sample index to keep",
         "leave --data-cache out",
     ),
+    *_loss_scale_rows(),
 )
 
 

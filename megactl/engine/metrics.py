@@ -37,7 +37,8 @@ _LIVE_SECONDS = 0.1
 class Step:
     """One finished iteration. `seconds` is the step alone, without evaluation and saving; `losses` holds further losses by their log name.
 
-    `skipped`: the optimizer did not step (overflow). A loss that is not finite is kept as such here and written as null with "nan": true.
+    `skipped`: the optimizer did not step (overflow). `loss_scale`: the one this step was computed with.
+    A loss that is not finite is kept as such here and written as null with "nan": true.
     """
 
     iteration: int
@@ -161,6 +162,7 @@ class MetricsWriter:
             "learning_rate": step.learning_rate,
             "global_batch_size": step.global_batch_size,
             "grad_norm": _finite(step.grad_norm),
+            "loss_scale": step.loss_scale,
             "seconds": step.seconds,
             "tokens_per_s": tokens,
             "model_tflops_per_gpu": tflops,
@@ -178,6 +180,7 @@ class MetricsWriter:
         self._console.line(iteration_line(interval, self._total, tflops=tflops, tokens_per_s=tokens, eta=self.eta_seconds()))
         values = {"lm loss": _mean(interval, lambda step: step.loss), "learning rate": last.learning_rate, "tokens per second": tokens}
         values |= {"iteration time (s)": seconds, "global batch size": last.global_batch_size}
+        values |= {"loss scale": last.loss_scale, "skipped iterations": sum(step.skipped for step in interval)}
         values |= {"grad norm": last.grad_norm} if last.grad_norm is not None else {}
         values |= {"TFLOP/s per GPU": tflops} if tflops is not None else {}
         for logger in self._loggers:

@@ -17,6 +17,7 @@ from megactl.config.schema import Run
 from megactl.engine.collectives import all_gather, all_reduce
 from megactl.engine.data.batch import Batch
 from megactl.engine.flat import ParameterSpec
+from megactl.engine.loss_scale import LossScale
 from megactl.engine.mesh import Mesh
 from megactl.engine.optimizer import clip_factor
 from megactl.engine.parallelize import build_part, compute_dtype, main_dtype
@@ -28,16 +29,20 @@ Batches = Callable[[int], Batch]
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step found out, equal on all ranks: 0-d float64 device tensors; `stop` > 0 where a rank was asked to stop."""
+    """What a step found out, equal on all ranks: 0-d float64 device tensors; `stop` > 0 where a rank was asked to stop.
+
+    `loss_scale` is the one the step was computed with; loss and norm are without it.
+    """
 
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
     stop: Tensor
+    loss_scale: Tensor
 
     def packed(self) -> Tensor:
-        """All of it as one tensor [4], for one copy to the host."""
-        return torch.stack([self.loss, self.grad_norm, self.skipped, self.stop])
+        """All of it as one tensor [5], for one copy to the host."""
+        return torch.stack([self.loss, self.grad_norm, self.skipped, self.stop, self.loss_scale])
 
 
 class TrainingStep:
@@ -48,6 +53,7 @@ class TrainingStep:
         self.part = build_part(run, mesh, mesh.pp.rank, mesh.pp.size)
         self.executor = PipelineExecutor([self.part], mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run))
         self._schedules: dict[tuple[str, int], LoweredSchedule] = {}
+        self.loss_scale = LossScale(run.training, mesh.device)
         self._normaliser = self._scalar(1.0, torch.float64)
         main = main_dtype(run)
         self._lr, self._adam_step, self._one = self._scalar(0.0, main), self._scalar(0.0, main), self._scalar(1.0, main)
@@ -66,13 +72,14 @@ class TrainingStep:
         Every rank must call it with the same iteration, global_batch_size and learning_rate.
         """
         self._seed_torch(iteration)
+        self._lr.fill_(learning_rate)
         count = global_batch_size // (self.run.training.micro_batch_size * self.mesh.dp.size)
         inputs = self._inputs(iteration, batches, count, global_batch_size)
         loss_sum, tokens = self.executor.run(self._schedule(self.run.parallel.schedule, count), inputs)
         self.part.reducer.wait()
         self.part.optimizer.reduce_tied()
         totals = self._totals(loss_sum, tokens, stop)
-        return self._update(totals, global_batch_size, learning_rate)
+        return self._update(totals, global_batch_size)
 
     @property
     def _reports_loss(self) -> float:
@@ -88,23 +95,27 @@ class TrainingStep:
             all_reduce(totals, None)
         return totals
 
-    def _update(self, totals: Tensor, global_batch_size: int, learning_rate: float) -> StepOutcome:
+    def _update(self, totals: Tensor, global_batch_size: int) -> StepOutcome:
         squared, loss_sum, tokens, stop = totals
         tokens = tokens.clamp(min=1.0)
-        self._normaliser = global_batch_size * self.run.training.seq_length / tokens
+        # Out of the gradients with the factor that AdamW applies: no pass over memory of its own, and exact for a power of 2.
+        self._normaliser = self.loss_scale.unscaled(global_batch_size * self.run.training.seq_length / tokens)
         norm = squared.sqrt() * self._normaliser
         skip = (~torch.isfinite(norm)).to(self._one.dtype)
         scale = (self._normaliser * clip_factor(norm, self.run.optimizer.clip_grad)).to(self._one.dtype)
-        self._lr.fill_(learning_rate)
         self._adam_step.add_(1.0 - skip)
         self.part.optimizer.step(lr=self._lr, step=self._adam_step, grad_scale=scale, skip=skip)
-        return StepOutcome(loss_sum / tokens, norm, skip.double(), stop)
+        used = self.loss_scale.scale.clone()
+        self.loss_scale.update(skip)
+        return StepOutcome(loss_sum / tokens, norm, skip.double(), stop, used)
 
     def _inputs(self, iteration: int, batches: Batches, count: int, global_batch_size: int, dropout: bool = True) -> StepInputs:
         seed, size, dp = self.run.training.seed, self.run.training.micro_batch_size, self.mesh.dp
         keys = [[seed, iteration, (index * dp.size + dp.rank) * size] for index in range(count)]
-        rng = torch.tensor(keys, dtype=torch.int64).to(self.mesh.device, non_blocking=True)
-        gradient = self._scalar(1.0 / (global_batch_size * self.run.training.seq_length), torch.float64)
+        # From pageable memory the copy would wait for the device.
+        pinned = self.mesh.device.type == "cuda"
+        rng = torch.tensor(keys, dtype=torch.int64, pin_memory=pinned).to(self.mesh.device, non_blocking=True)
+        gradient = self.loss_scale.scaled(self._scalar(1.0 / (global_batch_size * self.run.training.seq_length), torch.float64))
         held = [batches(index).to(self.mesh.device) for index in range(count)]
         return StepInputs(held, rng, gradient, dropout)
 

@@ -46,6 +46,7 @@ class RankResult:
     gradients: tuple[Pieces, ...]
     weights: Pieces
     eval_loss: float
+    scales: tuple[float, ...]
     facts: dict[str, object]
 
 
@@ -73,9 +74,10 @@ def _train(worker: Worker, run: Run, corpus: Corpus, plan: Plan) -> RankResult:
     weights = _pieces(engine.weights())
     micro_batches = size // (run.training.micro_batch_size * mesh.dp.size)
     last = engine.evaluate(batches, micro_batches, size)
-    numbers = {name: tuple(getattr(o, name).item() for o in outcomes) for name in ("loss", "grad_norm", "skipped")}
+    numbers = {name: tuple(getattr(o, name).item() for o in outcomes) for name in ("loss", "grad_norm", "skipped", "loss_scale")}
     return RankResult(
-        numbers["loss"], numbers["grad_norm"], numbers["skipped"], tuple(gradients), weights, last.item(), _facts(engine)
+        numbers["loss"], numbers["grad_norm"], numbers["skipped"], tuple(gradients), weights, last.item(), numbers["loss_scale"],
+        _facts(engine),
     )  # fmt: skip
 
 
