@@ -68,7 +68,7 @@ RULES = [
     (["optimizer.beta2=-0.1"], 1, "--beta2 -0.1: must be at least 0 and below 1"),
     (["model.hidden_dropout=1"], 1, "--hidden-dropout 1: must be at least 0 and below 1; such as 0.1"),
     (["training.loss_scale=2"], 1, "--loss-scale 2 with --precision fp32 (default): only gradients in fp16 need a loss scale"),
-    (["training.precision=bf16", "training.min_loss_scale=1"], 1, "--min-loss-scale 1 with --precision bf16: only gradients in fp16 need a loss scale"),
+    (["training.precision=bf16", "training.min_loss_scale=1"], 1, "--min-loss-scale 1 with --precision bf16: only gradients in fp16 need"),
     (["training.precision=bf16", "training.loss_scale_window=9"], 1, "use --precision fp16, or leave --loss-scale-window out"),
     (["training.loss_scale_hysteresis=2"], 1, "use --precision fp16, or leave --loss-scale-hysteresis out"),
     (["training.initial_loss_scale=2"], 1, "use --precision fp16, or leave --initial-loss-scale out"),
@@ -272,7 +272,8 @@ def test_the_loss_scale_that_follows_from_the_batch():
     assert loss_scale_of("training.global_batch_size=512", "training.seq_length=2048")[0] == 2.0**24
     assert loss_scale_of("training.min_loss_scale=1e9")[0] == 1e9
     assert loss_scale_of("training.initial_loss_scale=0.5")[:2] == (0.5, 0.5)
-    assert loss_scale_of("training.initial_loss_scale=3", "training.loss_scale_window=7", "training.loss_scale_hysteresis=1") == (3, 1, 7, 1)
+    given = ("training.initial_loss_scale=3", "training.loss_scale_window=7", "training.loss_scale_hysteresis=1")
+    assert loss_scale_of(*given) == (3, 1, 7, 1)
     assert loss_scale_of("training.loss_scale=4096") == (None,) * 4
 
 

@@ -121,7 +121,7 @@ def test_a_run_ends_when_the_scale_is_as_small_as_it_may_be():
         watch.see(iteration, skipped=True, loss_scale=4.0)
     for iteration in range(200, 199 + MAX_USELESS_STEPS):
         watch.see(iteration, skipped=True, loss_scale=2.0)
-    with pytest.raises(RunError, match="iterations 200 to 249 were skipped.* loss scale of 2 does not fall any further") as error:
+    with pytest.raises(RunError, match=r"iterations 200 to 249 were skipped.* loss scale of 2 does not fall any further") as error:
         watch.see(249, skipped=True, loss_scale=2.0)
     assert "--precision bf16" in str(error.value.hint)
 
