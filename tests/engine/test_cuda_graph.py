@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megactl.config.schema import Data, Model, Optimizer, Run, Training
 from megactl.config.validate import resolve
+from megactl.engine.attention import preferred_attention
 from megactl.engine.data.batch import Batch
 from megactl.engine.mesh import Mesh
 from megactl.engine.models.layers import MicroBatch
@@ -31,6 +32,13 @@ FORMS = {"whole": (0, 1), "first": (0, 3), "middle": (1, 3), "last": (2, 3)}
 # A graph may choose another algorithm for a product than eager mode does; a mask or a key that is not the replay's is off by tenths.
 TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 3e-2}
 PRECISIONS = list(TOLERANCE)
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_a_run() -> Iterator[None]:
+    """The fused attention kernel that training takes."""
+    with preferred_attention():
+        yield
 
 
 def make_run(precision: str, attention: str = "auto") -> Run:
