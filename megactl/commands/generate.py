@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megactl.storage.tokenizer import Tokenizer
 
 _DEFAULT_TOP_K = 40
-_PRECISIONS, _DEVICES = ("fp32", "bf16", "fp64"), ("auto", "cpu", "cuda")
+_PRECISIONS, _DEVICES = ("fp32", "bf16", "fp16", "fp64"), ("auto", "cpu", "cuda")
 
 
 def generate(
@@ -40,7 +40,7 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed draws the same text (default: a new one).")] = None,
     device: Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")] = "auto",
     precision: Annotated[
-        str | None, typer.Option("--precision", metavar="fp32|bf16|fp64", help="Arithmetic (default: the run's own).")
+        str | None, typer.Option("--precision", metavar="fp32|bf16|fp16|fp64", help="Arithmetic (default: the run's own).")
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", metavar="byte|PATH", help="The run's tokenizer, where it has moved or was not recorded.")

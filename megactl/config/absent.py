@@ -25,8 +25,7 @@ ABSENT: dict[str, tuple[str, str]] = {
     "zero_stage": ("is called --zero here", "use --zero 0 or --zero 1"),
     "bf16": ("is a value of --precision here", "use --precision bf16"),
     "fp32": ("is a value of --precision here", "use --precision fp32"),
-    "fp16": (_LATER, "use --precision bf16, which needs no loss scaling"),
-    "loss_scale": (_LATER, "use --precision bf16, which needs no loss scaling"),
+    "fp16": ("is a value of --precision here", "use --precision fp16"),
     "learning_rate": ("is called --lr here", "use --lr"),
     "max_steps": ("is called --iterations here", "use --iterations"),
     "steps": ("is called --iterations here", "use --iterations"),
@@ -69,9 +68,10 @@ ABSENT: dict[str, tuple[str, str]] = {
 }
 
 
-# Words that people write for a choice that has another name here; the nearest spelling would mislead (fp16 is not a slip for fp64).
+# Words that people write for a choice that has another name here; the nearest spelling would mislead (half is not a slip for bf16).
 _CHOICES: dict[str, str] = {
-    **dict.fromkeys(("fp16", "float16", "half", "amp", "fp8", "bfloat16", "mixed"), "bf16"),
+    **dict.fromkeys(("float16", "half"), "fp16"),
+    **dict.fromkeys(("amp", "fp8", "bfloat16", "mixed"), "bf16"),
     **dict.fromkeys(("float32", "float", "single", "full", "tf32"), "fp32"),
     **dict.fromkeys(("float64", "double"), "fp64"),
     **dict.fromkeys(("gpu", "nvidia"), "cuda"),

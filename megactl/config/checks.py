@@ -30,6 +30,9 @@ _AT_LEAST: dict[str, tuple[int, str]] = {
     "training.iterations": (1, "use 1 or more"),
     "training.eval_interval": (0, "use 0 for no evaluation"),
     "training.eval_iterations": (1, "use --eval-interval 0 for no evaluation"),
+    "training.loss_scale": (0, "use 0 for a dynamic one"),
+    "training.loss_scale_window": (1, "leave it out for 1000"),
+    "training.loss_scale_hysteresis": (1, "use 1 to halve at the first overflow"),
     "training.nproc": (1, "leave it out to use every GPU"),
     "training.seed": (0, "use 0 or more"),
     "training.exit_duration": (0, "use 0 for no limit"),
@@ -44,6 +47,8 @@ _AT_LEAST: dict[str, tuple[int, str]] = {
     "logging.log_interval": (1, "use 1 for a line every iteration"),
 }
 _POSITIVE = ("model.init_std", "model.layernorm_epsilon", "optimizer.lr", "optimizer.epsilon")
+# Open where they are None: (name, such as)
+_POSITIVE_IF_SET = {"training.initial_loss_scale": "such as 65536", "training.min_loss_scale": "such as 1"}
 _SHARES = ("model.hidden_dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2")
 # numpy's RandomState, which shuffles the documents as Megatron does, takes 32 bits.
 _MAX_SEED = 2**32 - 1
@@ -73,6 +78,10 @@ def _ranges(names: Names) -> Iterator[tuple[str, Problem]]:
         setting = all_settings()[name]
         if setting.read(names.run) <= 0:
             yield name, Problem(names.show(name), "must be above 0", f"such as {setting.default:g}")
+    for name, instead in _POSITIVE_IF_SET.items():
+        value = all_settings()[name].read(names.run)
+        if value is not None and value <= 0:
+            yield name, Problem(names.show(name), "must be above 0", instead)
     for name in _SHARES:
         setting = all_settings()[name]
         if not 0 <= setting.read(names.run) < 1:
@@ -185,6 +194,14 @@ def _min_lr(names: Names) -> Iterator[Problem]:
         yield Problem(show("optimizer.min_lr"), f"is above {show('optimizer.lr')}", f"use --min-lr {optimizer.lr / 10:g}")
 
 
+def _loss_scales(names: Names) -> Iterator[Problem]:
+    training, show = names.run.training, names.show
+    initial, least = training.initial_loss_scale, training.min_loss_scale
+    if initial is not None and least is not None and initial < least:
+        rule = f"is below {show('training.min_loss_scale')}"
+        yield Problem(show("training.initial_loss_scale"), rule, f"use --min-loss-scale {initial:g}")
+
+
 def _decay(names: Names) -> Iterator[Problem]:
     optimizer, iterations, show = names.run.optimizer, names.run.training.iterations, names.show
     warmup = parse_warmup(optimizer.warmup, iterations)
@@ -240,6 +257,7 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel")),
     (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),
+    (_loss_scales, ("training.initial_loss_scale", "training.min_loss_scale")),
     (_decay, ("optimizer.warmup", "training.iterations", "optimizer.lr_decay_iterations", "optimizer.wsd_decay_iterations")),
     (_rampup, ("training.rampup_batch_size", "training.global_batch_size")),
     (_evaluation, ("data.split", "training.eval_interval")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megactl.config.schema import Data, Run
@@ -41,6 +41,33 @@ def _only_for(name: str, architecture: str, reason: str) -> Refusal:
     flag = Data.__dataclass_fields__[key].metadata["flags"][0].partition("/")[0]
     applies = lambda run: run.model.architecture != architecture and getattr(run.data, key) != default  # noqa: E731
     return Refusal((name, "model.architecture"), applies, reason, f"use --model {architecture}, or leave {flag} out")
+
+
+_DYNAMIC_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "loss_scale_hysteresis")
+
+
+def _is_given(name: str) -> Callable[[Run], bool]:
+    return lambda run: getattr(run.training, name) not in (None, 0.0)
+
+
+def _loss_scale_rows() -> Iterator[Refusal]:
+    """A loss scale belongs to fp16, and what moves a scale to a dynamic one."""
+    for name in ("loss_scale", *_DYNAMIC_SCALE):
+        flag, given = f"--{name.replace('_', '-')}", _is_given(name)
+        yield Refusal(
+            (f"training.{name}", "training.precision"),
+            lambda run, given=given: given(run) and run.training.precision != "fp16",
+            "only gradients in fp16 need a loss scale: those of the others have the range of fp32 or more",
+            f"use --precision fp16, or leave {flag} out",
+        )
+    for name in _DYNAMIC_SCALE:
+        flag, given = f"--{name.replace('_', '-')}", _is_given(name)
+        yield Refusal(
+            (f"training.{name}", "training.loss_scale"),
+            lambda run, given=given: given(run) and run.training.precision == "fp16" and run.training.loss_scale != 0.0,
+            "a constant loss scale does not move",
+            f"use --loss-scale 0, or leave {flag} out",
+        )
 
 
 REFUSED: tuple[Refusal, ...] = (
@@ -112,6 +139,7 @@ REFUSED: tuple[Refusal, ...] = (
     ),
     *(_only_for(name, "bert", reason) for name, reason in _FOR_BERT.items()),
     *(_only_for(name, "gpt", reason) for name, reason in _FOR_GPT.items()),
+    *_loss_scale_rows(),
 )
 
 

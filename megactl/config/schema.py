@@ -93,8 +93,21 @@ class Training:
     eval_interval: int = setting(0, "evaluate every N iterations (0: never)", flags=("--eval-interval",))
     eval_iterations: int = setting(10, "global batches in one evaluation", flags=("--eval-iterations", "--eval-iters"))
     precision: str = setting(
-        "fp32", "arithmetic of forward and backward (fp64 is for verification)", flags=("--precision",), choices=("fp32", "bf16", "fp64")
+        "fp32", "arithmetic of forward and backward (fp64 is for verification)", flags=("--precision",),
+        choices=("fp32", "bf16", "fp16", "fp64"),
+    )  # fmt: skip
+    loss_scale: float = setting(0.0, "fp16: a constant loss scale (0: dynamic)", flags=("--loss-scale",))
+    initial_loss_scale: float | None = setting(
+        None, "fp16: the dynamic loss scale at the start (default: 16 for a token of the global batch)", flags=("--initial-loss-scale",)
     )
+    min_loss_scale: float | None = setting(None, "fp16: least value of the dynamic loss scale (default 1)", flags=("--min-loss-scale",))
+    loss_scale_window: int | None = setting(
+        None, "fp16: iterations without overflow before the loss scale doubles (default 1000)", flags=("--loss-scale-window",)
+    )
+    loss_scale_hysteresis: int | None = setting(
+        None, "fp16: the overflow at which the loss scale begins to halve (default 2, the second)",
+        flags=("--loss-scale-hysteresis", "--hysteresis"),
+    )  # fmt: skip
     device: str = setting("auto", "where to run", flags=("--device",), choices=("auto", "cpu", "cuda"))
     nproc: int | None = setting(None, "ranks to start on this machine", flags=("--nproc", "--nproc-per-node"))
     seed: int = setting(1234, "seed of initialisation, dropout and data order", flags=("--seed",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from megactl.config.shown import Names, nearest_multiples
 from megactl.errors import ConfigError, Problem
 
 MOCK_VOCABULARY = 256
+# What the loss of one token starts backward with in fp16, unless --initial-loss-scale says otherwise.
+INITIAL_TOKEN_SCALE = 16
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,7 @@ def _derive_numbers(run: Run, machine: Machine) -> Iterator[Derived]:
         replicas = unit // training.micro_batch_size
         yield Derived("training.global_batch_size", unit, f"micro-batch {training.micro_batch_size} x dp {replicas}")
     yield Derived("num_micro_batches", total // unit, f"global batch {total} / (micro-batch x dp = {unit})")
+    yield from _derive_loss_scale(run, total)
     warmup = parse_warmup(optimizer.warmup, training.iterations)
     if optimizer.warmup.strip().endswith("%"):
         yield Derived("warmup_iterations", warmup, f"{optimizer.warmup} of {training.iterations} iterations")
@@ -244,6 +248,29 @@ def _derive_numbers(run: Run, machine: Machine) -> Iterator[Derived]:
         assert decay is not None
         final = min(max(1, decay // 10), decay - warmup)
         yield Derived("optimizer.wsd_decay_iterations", final, f"a tenth of {decay} iterations")
+
+
+def _derive_loss_scale(run: Run, global_batch_size: int) -> Iterator[Derived]:
+    """The dynamic loss scale of an fp16 run, in Megatron's terms; its growth and backoff are 2 and 1/2."""
+    training = run.training
+    if training.precision != "fp16" or training.loss_scale != 0.0:
+        return
+    least = training.min_loss_scale
+    if least is None:
+        least = min(1.0, training.initial_loss_scale or 1.0)
+        yield Derived("training.min_loss_scale", least, "gradients made smaller than they are would only lose digits")
+    if training.initial_loss_scale is None:
+        # A token's loss starts backward with scale / tokens. 16 leaves room for 4000 times as much before fp16 ends at 65504, and
+        # keeps the gradient of a logit of probability 1e-5 above 2^-14, where fp16 begins to lose digits. One number for every batch
+        # does worse: 2^16 leaves that logit 4 bits at a million tokens, and 2^32 (Megatron's) begins with a dozen skipped iterations.
+        tokens = global_batch_size * training.seq_length
+        scale = max(least, 2.0 ** math.floor(math.log2(INITIAL_TOKEN_SCALE * tokens)))
+        reason = f"{INITIAL_TOKEN_SCALE} x global batch {global_batch_size} x sequence length {training.seq_length}, as a power of 2"
+        yield Derived("training.initial_loss_scale", scale, reason)
+    if training.loss_scale_window is None:
+        yield Derived("training.loss_scale_window", 1000, "iterations without overflow before the loss scale doubles")
+    if training.loss_scale_hysteresis is None:
+        yield Derived("training.loss_scale_hysteresis", 2, "the second overflow after a doubling is the first to halve the loss scale")
 
 
 def _derive_paths(run: Run, machine: Machine) -> Iterator[Derived]:

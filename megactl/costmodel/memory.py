@@ -36,10 +36,11 @@ class Precision:
 
 
 def precision_sizes(precision: str) -> Precision:
-    """Sizes for fp32, bf16 or fp64; gradients are accumulated in fp32 under bf16. Raises ConfigError for another type."""
+    """Sizes for fp32, bf16, fp16 or fp64; gradients are accumulated in fp32 under the 16-bit types. Raises ConfigError for another type."""
     table = {
         "fp32": Precision(StateBytes(4, 4, 8), 4, 4),
         "bf16": Precision(StateBytes(2, 4, 12), 2, 4),
+        "fp16": Precision(StateBytes(2, 4, 12), 2, 4),
         "fp64": Precision(StateBytes(8, 8, 16), 8, 8),
     }
     if precision not in table:

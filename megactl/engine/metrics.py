@@ -41,7 +41,8 @@ class Step:
 
     `losses`: the parts that `loss` is the sum of, by name (lm_loss, sentence_loss), where a model has several; empty where it has one.
 
-    `skipped`: the optimizer did not step (overflow). A loss that is not finite is kept as such here and written as null with "nan": true.
+    `skipped`: the optimizer did not step (overflow). `loss_scale`: the one this step was computed with.
+    A loss that is not finite is kept as such here and written as null with "nan": true.
     """
 
     iteration: int
@@ -180,6 +181,7 @@ class MetricsWriter:
             "learning_rate": step.learning_rate,
             "global_batch_size": step.global_batch_size,
             "grad_norm": _finite(step.grad_norm),
+            "loss_scale": step.loss_scale,
             "seconds": step.seconds,
             "tokens_per_s": tokens,
             "model_tflops_per_gpu": tflops,
@@ -197,6 +199,7 @@ class MetricsWriter:
         self._console.line(iteration_line(interval, self._total, tflops=tflops, tokens_per_s=tokens, eta=self.eta_seconds()))
         values = {**_interval_losses(interval), "learning rate": last.learning_rate, "tokens per second": tokens}
         values |= {"iteration time (s)": seconds, "global batch size": last.global_batch_size}
+        values |= {"loss scale": last.loss_scale, "skipped iterations": sum(step.skipped for step in interval)}
         values |= {"grad norm": last.grad_norm} if last.grad_norm is not None else {}
         values |= {"TFLOP/s per GPU": tflops} if tflops is not None else {}
         for logger in self._loggers:

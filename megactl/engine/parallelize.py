@@ -22,7 +22,7 @@ from megactl.engine.models import MODELS
 from megactl.engine.tensor_parallel import apply_tensor_parallel
 from megactl.engine.zero import ShardedOptimizer
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from megactl.engine.models.layers import CoreAttention, MicroBatch
 from megactl.errors import CheckpointError, ConfigError, Problem, RunError
 from megactl.storage import manifest as manifests
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 # Samples drawn side by side: beyond this the cache grows while a decoding step hardly gets faster.
 _BATCH = 16
 

@@ -27,6 +27,7 @@ from megactl.engine.attention import preferred_attention
 from megactl.engine.data import BatchLoader, TokenDataset, build_datasets
 from megactl.engine.environment import compare_fingerprints, fingerprint, write_environment
 from megactl.engine.launch import RankContext, connect_store
+from megactl.engine.loss_scale import SkipWatch
 from megactl.engine.mesh import build_mesh
 from megactl.engine.metrics import MetricsWriter, Step
 from megactl.engine.optimizer import learning_rate
@@ -102,6 +103,7 @@ class Trainer:
         self._check_same_program()
         self.train_data, self.valid_data = self._datasets()
         self.engine = TrainingStep(run, self.mesh)
+        self.skips = SkipWatch(run.training)
         self.progress = Progress()
         self.resumed_from: Path | None = None
         self._restore()
@@ -215,6 +217,7 @@ class Trainer:
         self.progress = Progress(header.step, header.consumed_samples)
         if optimizer:
             self.engine.adam_step.fill_(header.state["adam_step"])
+            self.engine.loss_scale.restore(header.state.get("loss_scale"))
             if header.state.get("seed", self.run.training.seed) != self.run.training.seed:
                 self.say(f"note: {path} was saved with --seed {header.state['seed']}; data order and dropout follow another one from here")
 
@@ -227,7 +230,7 @@ class Trainer:
             "precision": self.run.training.precision,
             "model": dataclasses.asdict(self.run.model),
             "tokenizer": self.tokenizer,
-            "state": {"adam_step": float(self.engine.adam_step), "seed": self.run.training.seed},
+            "state": self._state(),
         }
         with self.context.heartbeat.phase("save"):
             path = checkpoint.save(
@@ -236,6 +239,12 @@ class Trainer:
             )  # fmt: skip
         self.saved_at = self.progress.iteration
         self.say(f"saved {path} in {time.monotonic() - started:.1f} s")
+
+    def _state(self) -> dict[str, Any]:
+        """What continuing needs beside the tensors."""
+        state: dict[str, Any] = {"adam_step": float(self.engine.adam_step), "seed": self.run.training.seed}
+        loss_scale = self.engine.loss_scale.state()
+        return state if loss_scale is None else state | {"loss_scale": loss_scale}
 
     # The loop
 
@@ -304,11 +313,14 @@ class Trainer:
             return False
         if pending.ready is not None:
             pending.ready.synchronize()
-        loss, norm, skipped, stop, *parts = pending.outcome.tolist()
-        seconds = self._seconds_since_last(pending)
+        loss, norm, skipped, stop, scale, *parts = pending.outcome.tolist()
+        step = dataclasses.replace(
+            pending.step, loss=loss, grad_norm=norm, skipped=bool(skipped), loss_scale=scale, losses=self._named(parts),
+            seconds=self._seconds_since_last(pending),
+        )  # fmt: skip
         if self.writer is not None:
-            found = dict(loss=loss, grad_norm=norm, skipped=bool(skipped), losses=self._named(parts), seconds=seconds)
-            self.writer.step(dataclasses.replace(pending.step, **found))
+            self.writer.step(step)
+        self.skips.see(step.iteration, skipped=step.skipped, loss_scale=scale)
         return stop > 0
 
     def _named(self, parts: list[float]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from megactl.config.schema import Run
 from megactl.engine.collectives import all_gather, all_reduce
 from megactl.engine.data.batch import Batch
 from megactl.engine.flat import ParameterSpec
+from megactl.engine.loss_scale import LossScale
 from megactl.engine.mesh import Mesh
 from megactl.engine.optimizer import clip_factor
 from megactl.engine.parallelize import build_part, compute_dtype, main_dtype
@@ -32,18 +33,21 @@ Batches = Callable[[int], Batch]
 class StepOutcome:
     """What a step found out, equal on all ranks: 0-d float64 device tensors; `stop` > 0 where a rank was asked to stop.
 
-    `loss` is the sum of `parts` [k], the model's losses.
+    `loss` is the sum of `parts` [k], the model's losses. `loss_scale` is the one the step was computed with; the losses and the norm
+    are without it.
     """
 
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
     stop: Tensor
+    loss_scale: Tensor
     parts: Tensor
 
     def packed(self) -> Tensor:
-        """All of it as one tensor [4 + k], for one copy to the host."""
-        return torch.cat([torch.stack([self.loss, self.grad_norm, self.skipped, self.stop]), self.parts])
+        """All of it as one tensor [5 + k], for one copy to the host."""
+        head = torch.stack([self.loss, self.grad_norm, self.skipped, self.stop, self.loss_scale])
+        return torch.cat([head, self.parts])
 
 
 class TrainingStep:
@@ -54,6 +58,7 @@ class TrainingStep:
         self.part = build_part(run, mesh, mesh.pp.rank, mesh.pp.size)
         self.executor = PipelineExecutor([self.part], mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run))
         self._schedules: dict[tuple[str, int], LoweredSchedule] = {}
+        self.loss_scale = LossScale(run.training, mesh.device)
         self._normaliser = self._scalar(1.0, torch.float64)
         main = main_dtype(run)
         self._lr, self._adam_step, self._one = self._scalar(0.0, main), self._scalar(0.0, main), self._scalar(1.0, main)
@@ -72,13 +77,14 @@ class TrainingStep:
         Every rank must call it with the same iteration, global_batch_size and learning_rate.
         """
         self._seed_torch(iteration)
+        self._lr.fill_(learning_rate)
         count = global_batch_size // (self.run.training.micro_batch_size * self.mesh.dp.size)
         inputs = self._inputs(iteration, batches, count, global_batch_size)
         sums, counts = self.executor.run(self._schedule(self.run.parallel.schedule, count), inputs)
         self.part.reducer.wait()
         self.part.optimizer.reduce_tied()
         totals = self._totals(sums, counts, stop)
-        return self._update(totals, global_batch_size, learning_rate)
+        return self._update(totals, global_batch_size)
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -98,30 +104,36 @@ class TrainingStep:
             all_reduce(totals, None)
         return totals
 
-    def _update(self, totals: Tensor, global_batch_size: int, learning_rate: float) -> StepOutcome:
+    def _update(self, totals: Tensor, global_batch_size: int) -> StepOutcome:
         squared, stop = totals[:2]
         sums, counts = totals[2:].view(2, -1)
         counts = counts.clamp(min=1.0)
         # Several losses have their true ratios from the start.
         bound = global_batch_size * self.run.training.seq_length
-        self._normaliser = bound / counts[0] if len(counts) == 1 else self._scalar(1.0, torch.float64)
+        ratio = bound / counts[0] if len(counts) == 1 else self._scalar(1.0, torch.float64)
+        # Out of the gradients with the factor that AdamW applies: no pass over memory of its own, and exact for a power of 2.
+        self._normaliser = self.loss_scale.unscaled(ratio)
         norm = squared.sqrt() * self._normaliser
         skip = (~torch.isfinite(norm)).to(self._one.dtype)
         scale = (self._normaliser * clip_factor(norm, self.run.optimizer.clip_grad)).to(self._one.dtype)
-        self._lr.fill_(learning_rate)
         self._adam_step.add_(1.0 - skip)
         self.part.optimizer.step(lr=self._lr, step=self._adam_step, grad_scale=scale, skip=skip)
+        used = self.loss_scale.scale.clone()
+        self.loss_scale.update(skip)
         parts = sums / counts
-        return StepOutcome(parts.sum(), norm, skip.double(), stop, parts)
+        return StepOutcome(parts.sum(), norm, skip.double(), stop, used, parts)
 
     def _inputs(self, iteration: int, batches: Batches, count: int, global_batch_size: int, dropout: bool = True) -> StepInputs:
         seed, size, dp = self.run.training.seed, self.run.training.micro_batch_size, self.mesh.dp
         keys = [[seed, iteration, (index * dp.size + dp.rank) * size] for index in range(count)]
-        rng = torch.tensor(keys, dtype=torch.int64).to(self.mesh.device, non_blocking=True)
+        # From pageable memory the copy would wait for the device.
+        pinned = self.mesh.device.type == "cuda"
+        rng = torch.tensor(keys, dtype=torch.int64, pin_memory=pinned).to(self.mesh.device, non_blocking=True)
         held = [batches(index).to(self.mesh.device) for index in range(count)]
         # Evaluation starts no backward, and need not count what its losses will count anyway.
         zeros = torch.zeros(len(self.losses), dtype=torch.float64, device=self.mesh.device)
-        return StepInputs(held, rng, self._loss_gradient(held, global_batch_size) if dropout else zeros, dropout)
+        gradient = self.loss_scale.scaled(self._loss_gradient(held, global_batch_size)) if dropout else zeros
+        return StepInputs(held, rng, gradient, dropout)
 
     def _loss_gradient(self, held: list[Batch], global_batch_size: int) -> Tensor:
         """What backward starts from, [k] in float64: 1 / the terms of each loss in the global batch; of a single loss, 1 / all tokens."""

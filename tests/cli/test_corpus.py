@@ -52,7 +52,7 @@ FLAGS = [
     ("--vpp 2", "use --schedule 1f1b"),
     ("--recompute full", "smaller --micro-batch-size"),
     ("--bf16", "use --precision bf16"),
-    ("--fp16", "use --precision bf16"),
+    ("--fp16", "use --precision fp16"),
     ("--use-distributed-optimizer", "use --zero 1"),
     ("--train-samples 1000", "use --iterations"),
     ("--lr-warmup-fraction 0.01", "use --warmup P%"),
@@ -62,7 +62,8 @@ FLAGS = [
     ("--preset gpt-345", "did you mean gpt-345m?"),
     ("--preset gpt2", "no such preset"),
     ("--preset gpt-1.7B --pp x", "must be a whole number"),
-    ("--precision fp16", "did you mean bf16?"),
+    ("--precision fp8", "did you mean bf16?"),
+    ("--precision half", "did you mean fp16?"),
     ("--precision bf6", "did you mean bf16?"),
     ("--device gpu", "did you mean cuda?"),
     ("--schedule interleaved", "did you mean 1f1b?"),
@@ -123,7 +124,7 @@ FILES = [
 
 # Several at once: every piece must be in the one message.
 TOGETHER = [
-    ("--hiden 64 --tp two --precision fp16", ["--hiden", "--tp two", "--precision fp16"]),
+    ("--hiden 64 --tp two --precision fp8", ["--hiden", "--tp two", "--precision fp8"]),
     ("--sp --vpp 2 --bf16", ["--sp", "--vpp", "--bf16"]),
     ("--tp 3 --pp 3 --lr -1 --iterations 0", ["--tp 3", "--pp 3", "--lr -1", "--iterations 0"]),
     ("--set a.b=1 --set lr=2 --preset nope", ["--set a.b=1", "--set lr=2", "--preset nope"]),

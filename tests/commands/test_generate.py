@@ -229,7 +229,7 @@ def test_every_layout_gives_the_model_back(tmp_path, layout, untied):
 
 
 @pytest.mark.parametrize("kinds", [("weight", "master"), ("master",), ("weight",)])
-@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64", None])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "fp64", None])
 def test_every_precision_of_a_bf16_run(tmp_path, kinds, precision):
     """fp32 comes from the master copy where there is one, from the bf16 weight where there is none."""
     model = random_model()
@@ -357,7 +357,7 @@ def test_cuda_without_a_gpu(tmp_path, capsys):
 
 
 def test_precisions_of_a_run_that_cannot_be_sampled_in(tmp_path, capsys):
-    write(tmp_path, random_model(), precision="fp16")
+    write(tmp_path, random_model(), precision="fp8")
     assert "set --precision" in run_cli(capsys, tmp_path, code=2)[1]
     assert json_of(capsys, tmp_path, "--precision", "fp32", "--max-tokens", 2)["precision"] == "fp32"
 

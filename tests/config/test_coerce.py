@@ -98,7 +98,7 @@ def test_suggestions(text, use):
 
 def test_choices_are_exact_and_suggest():
     precision = all_settings()["training.precision"]
-    for word, meant in {"fp16": "bf16", "BF16": "bf16", "float32": "fp32", "bf6": "bf16"}.items():
+    for word, meant in {"fp8": "bf16", "FP16": "fp16", "float16": "fp16", "BF16": "bf16", "float32": "fp32", "bf6": "bf16"}.items():
         with pytest.raises(CoercionError) as error:
             coerce(precision, word)
         assert error.value.instead == f"did you mean {meant}?"

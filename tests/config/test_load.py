@@ -73,7 +73,7 @@ def test_all_mistakes_of_all_layers_at_once(tmp_path):
         f"{file}:2: [modl]: no such section; did you mean [model]?",
         f"{file}:6: optimizer.lr = 'fast': must be a number, not text",
         f"{file}:7: optimizer.beta3: [optimizer] has no such setting; did you mean optimizer.beta",
-        f"{file}:9: training.fp16: is not part of this version; use --precision bf16",
+        f"{file}:9: training.fp16: is a value of --precision here; use --precision fp16",
         "MEGACTL_TRAINNG_LR=1: no such setting; did you mean MEGACTL_OPTIMIZER_LR?",
         "--tp two: must be a whole number",
     ):

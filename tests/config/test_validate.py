@@ -85,6 +85,24 @@ RULES = [
     (["model.architecture=bert", "data.short_seq_probability=1.5"], 1, "--short-seq-prob 1.5: must be from 0 to 1; such as 0.1"),
     (["model.architecture=bert", "data.mask_ngrams=0"], 1, "--mask-ngrams 0: must be at least 1; use 1 for single words"),
     (["model.architecture=bert", "training.seq_length=7"], 1, "--seq-length 7: is too short for [CLS] A [SEP] B [SEP]; use --seq-length 8"),
+    (["training.loss_scale=2"], 1, "--loss-scale 2 with --precision fp32 (default): only gradients in fp16 need a loss scale"),
+    (["training.precision=bf16", "training.min_loss_scale=1"], 1, "--min-loss-scale 1 with --precision bf16: only gradients in fp16 need"),
+    (["training.precision=bf16", "training.loss_scale_window=9"], 1, "use --precision fp16, or leave --loss-scale-window out"),
+    (["training.loss_scale_hysteresis=2"], 1, "use --precision fp16, or leave --loss-scale-hysteresis out"),
+    (["training.initial_loss_scale=2"], 1, "use --precision fp16, or leave --initial-loss-scale out"),
+    (
+        ["training.precision=fp16", "training.loss_scale=2", "training.initial_loss_scale=4"],
+        1,
+        "--initial-loss-scale 4 with --loss-scale 2: a constant loss scale does not move; use --loss-scale 0, or leave",
+    ),
+    (["training.precision=fp16", "training.loss_scale=-1"], 1, "--loss-scale -1: must be at least 0; use 0 for a dynamic one"),
+    (["training.precision=fp16", "training.initial_loss_scale=0"], 1, "--initial-loss-scale 0: must be above 0; such as 65536"),
+    (["training.precision=fp16", "training.loss_scale_window=0"], 1, "--loss-scale-window 0: must be at least 1"),
+    (
+        ["training.precision=fp16", "training.initial_loss_scale=2", "training.min_loss_scale=4"],
+        1,
+        "--initial-loss-scale 2: is below --min-loss-scale 4; use --min-loss-scale 2",
+    ),
     (["training.iterations=0"], 1, "--iterations 0: must be at least 1"),
     (["training.seed=-1"], 1, "--seed -1: must be at least 0"),
     (["training.seed=4294967296"], 1, "--seed 4294967296: must be at most 4294967295"),
@@ -252,9 +270,31 @@ NEVER_FILLED = {
 }
 
 
+LOSS_SCALE = {f"training.{name}" for name in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "loss_scale_hysteresis")}
+
+
 def test_nothing_is_left_open():
     run = resolved(run_dir="runs/x").run
-    assert {name for name, setting in all_settings().items() if setting.read(run) is None} == NEVER_FILLED
+    assert {name for name, setting in all_settings().items() if setting.read(run) is None} == NEVER_FILLED | LOSS_SCALE
+    scaled = resolved("training.precision=fp16", run_dir="runs/x").run
+    assert {name for name, setting in all_settings().items() if setting.read(scaled) is None} == NEVER_FILLED
+
+
+def loss_scale_of(*assignments: str) -> tuple[float | None, ...]:
+    training = resolved("training.precision=fp16", *assignments).run.training
+    return training.initial_loss_scale, training.min_loss_scale, training.loss_scale_window, training.loss_scale_hysteresis
+
+
+def test_the_loss_scale_that_follows_from_the_batch():
+    assert loss_scale_of("training.global_batch_size=8", "training.seq_length=512") == (2.0**16, 1.0, 1000, 2)
+    # Rounded down to a power of 2, which scales without rounding.
+    assert loss_scale_of("training.global_batch_size=9", "training.seq_length=512")[0] == 2.0**16
+    assert loss_scale_of("training.global_batch_size=512", "training.seq_length=2048")[0] == 2.0**24
+    assert loss_scale_of("training.min_loss_scale=1e9")[0] == 1e9
+    assert loss_scale_of("training.initial_loss_scale=0.5")[:2] == (0.5, 0.5)
+    given = ("training.initial_loss_scale=3", "training.loss_scale_window=7", "training.loss_scale_hysteresis=1")
+    assert loss_scale_of(*given) == (3, 1, 7, 1)
+    assert loss_scale_of("training.loss_scale=4096") == (None,) * 4
 
 
 def test_bert_has_a_sentence_head_unless_it_is_taken_away():

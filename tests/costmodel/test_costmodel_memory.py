@@ -184,7 +184,7 @@ def test_refusals_name_everything_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         estimate_memory(TINY, replace(ONE, zero=2, micro_batch_size=0, data_parallel=-1))
     assert len(error.value.problems) == 3
-    with pytest.raises(ConfigError, match="precision = 'fp16'"):
-        estimate_memory(TINY, replace(ONE, precision="fp16"))
+    with pytest.raises(ConfigError, match="precision = 'fp8'"):
+        estimate_memory(TINY, replace(ONE, precision="fp8"))
     with pytest.raises(ConfigError, match="num_layers = 2"):
         estimate_memory(TINY, replace(ONE, pipeline_parallel=4))

@@ -69,6 +69,7 @@ def test_a_line_an_iteration_with_the_fixed_keys(tmp_path):
         "learning_rate": 1e-4,
         "global_batch_size": 8,
         "grad_norm": 1.25,
+        "loss_scale": 1.0,
         "seconds": 0.5,
         "tokens_per_s": 8 * 128 / 0.5,
         "model_tflops_per_gpu": 8.0,

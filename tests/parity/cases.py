@@ -35,7 +35,9 @@ class Case:
     """One run. `bucket` is in parameters: 2000 makes several buckets a rank; `clip` 0 turns clipping off.
 
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
-    gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's.
+    gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
+    loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
+    `steps`: how many, with the rates in turn.
     """
 
     tp: int = 1
@@ -60,6 +62,9 @@ class Case:
     norm: str = "pre"
     sentence: bool = True
     padding: bool = True
+    scale: float | None = None
+    window: int = 1000
+    steps: int = len(RATES)
 
     @property
     def world_size(self) -> int:
@@ -74,8 +79,9 @@ class Case:
 
     def plan(self) -> Plan:
         """The steps to do."""
-        counts = (1, self.micro_batches, self.micro_batches + 1) if self.ramp else (self.micro_batches,) * len(RATES)
-        return Plan(RATES, tuple(MICRO_BATCH * self.dp * count for count in counts), frozenset({2} if self.overflow else ()))
+        counts = (1, self.micro_batches, self.micro_batches + 1) if self.ramp else (self.micro_batches,) * self.steps
+        rates = tuple(itertools.islice(itertools.cycle(RATES), self.steps))
+        return Plan(rates, tuple(MICRO_BATCH * self.dp * count for count in counts), frozenset({2} if self.overflow else ()))
 
     def run(self) -> Run:
         """The resolved configuration."""
@@ -87,7 +93,7 @@ class Case:
             ),
             training=Training(
                 micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
-                precision=self.precision, device="cpu", seed=self.seed,
+                precision=self.precision, device="cpu", seed=self.seed, **self._loss_scale(),
             ),
             # In fp32 a large epsilon: where a gradient is zero but for rounding (the key's bias), a small one divides noise by noise.
             optimizer=Optimizer(clip_grad=self.clip, weight_decay=0.1, epsilon=1e-8 if self.precision == "fp64" else 1e-4),
@@ -96,6 +102,21 @@ class Case:
                 reset_attention_mask=self.documents == "reset",
             ),
         )  # fmt: skip
+
+    def _loss_scale(self) -> dict[str, float]:
+        if self.scale is None:
+            return {}
+        return {"initial_loss_scale": self.scale, "min_loss_scale": 1.0, "loss_scale_window": self.window, "loss_scale_hysteresis": 1}
+
+    def scales(self) -> tuple[float, ...]:
+        """The loss scale of each step, by the rule in words: halved after an overflow, doubled after `window` steps without one."""
+        found, good = [self.scale or 1.0], 0
+        for iteration, *_ in self.plan().steps():
+            overflow, good = iteration in self.plan().overflows, good + 1
+            moves = self.scale is not None and (overflow or good == self.window)
+            found.append(found[-1] * (0.5 if overflow else 2.0) if moves else found[-1])
+            good = 0 if overflow or moves else good
+        return tuple(found[:-1])
 
     def _model(self) -> Model:
         # Without a pipeline two layers show all that four would, in half the reductions; a stage of two pipeline ranks has two as well.

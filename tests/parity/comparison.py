@@ -11,10 +11,17 @@ from parity.jobs import Pieces, RankResult
 from parity.reference import Arrays, Trajectory
 
 
-def deviations(results: Sequence[RankResult], reference: Trajectory, tolerance: float, overflows: Set[int] = frozenset()) -> list[str]:
+def deviations(
+    results: Sequence[RankResult],
+    reference: Trajectory,
+    tolerance: float,
+    overflows: Set[int] = frozenset(),
+    scales: Sequence[float] | None = None,
+) -> list[str]:
     """What differs by more than `tolerance`, one line each, beginning with its kind; empty where the ranks agree with the reference.
 
     In the iterations `overflows` (from 1) the norm must be infinite and the update skipped; in no other may it be.
+    `scales`: the loss scale that each iteration must have had.
     """
     found: list[str] = []
     for rank, result in enumerate(results):
@@ -25,8 +32,11 @@ def deviations(results: Sequence[RankResult], reference: Trajectory, tolerance: 
         found += _numbers(f"evaluation on rank {rank}", result.eval_losses, reference.eval_losses, tolerance)
         skipped = {step for step, flag in enumerate(result.skipped, 1) if flag}
         found += [] if skipped == overflows else [f"skipped on rank {rank}: {sorted(skipped)} instead of {sorted(overflows)}"]
+        if scales is not None and result.scales != tuple(scales):
+            found.append(f"loss scale on rank {rank}: {result.scales} instead of {tuple(scales)}")
         # Equal bits, not only equal within the tolerance: ranks decide by these numbers, and must decide alike.
-        same = (result.losses, result.parts, result.norms) == (results[0].losses, results[0].parts, results[0].norms)
+        numbers = [(r.losses, r.parts, r.norms, r.scales) for r in (result, results[0])]
+        same = numbers[0] == numbers[1]
         found += [] if same else [f"unequal losses or norms on ranks 0 and {rank}"]
     for step, arrays in enumerate(reference.gradients):
         found += _tensors(f"gradient in step {step + 1}", [r.gradients[step] for r in results], arrays, tolerance)

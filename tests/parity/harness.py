@@ -32,11 +32,13 @@ class Parity:
         """What the plain model does with the case's model, data and batch, in float64 whatever the case's precision."""
         run = case.run()
         # How the work is spread is not part of the question.
-        key = repr((replace(run, parallel=None, training=replace(run.training, precision="fp64")), case.plan(), case.padding))
+        training = replace(run.training, precision="fp64", initial_loss_scale=None, loss_scale_window=None)
+        key = repr((replace(run, parallel=None, training=training), case.plan(), case.padding))
         if key not in self._references:
             self._references[key] = train_reference(run, self.corpus(case), case.plan())
         return self._references[key]
 
     def deviations(self, case: Case, tolerance: float, *, mutation: str | None = None, ops: str | None = None) -> list[str]:
         """See `comparison.deviations`."""
-        return deviations(self.engine(case, mutation=mutation, ops=ops), self.reference(case), tolerance, case.plan().overflows)
+        results = self.engine(case, mutation=mutation, ops=ops)
+        return deviations(results, self.reference(case), tolerance, case.plan().overflows, case.scales())

@@ -48,6 +48,7 @@ class RankResult:
     gradients: tuple[Pieces, ...]
     weights: Pieces
     eval_losses: tuple[float, ...]
+    scales: tuple[float, ...]
     facts: dict[str, object]
 
 
@@ -73,11 +74,12 @@ def _train(worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan) ->
     weights = _pieces(engine.weights())
     micro_batches = size // (run.training.micro_batch_size * mesh.dp.size)
     last = engine.evaluate(batches, micro_batches, size).tolist()
-    numbers = {name: tuple(getattr(o, name).item() for o in outcomes) for name in ("loss", "grad_norm", "skipped")}
+    numbers = {name: tuple(getattr(o, name).item() for o in outcomes) for name in ("loss", "grad_norm", "skipped", "loss_scale")}
     parts = tuple(tuple(o.parts.tolist()) for o in outcomes)
     return RankResult(
-        numbers["loss"], parts, numbers["grad_norm"], numbers["skipped"], tuple(gradients), weights, tuple(last), _facts(engine)
-    )
+        numbers["loss"], parts, numbers["grad_norm"], numbers["skipped"], tuple(gradients), weights, tuple(last),
+        numbers["loss_scale"], _facts(engine),
+    )  # fmt: skip
 
 
 def _source(run: Run, corpus: Corpus | PairCorpus, mesh: Mesh) -> Callable[[int, int], Batch]:

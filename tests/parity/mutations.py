@@ -10,7 +10,7 @@ from unittest import mock
 
 from torch import Tensor, zeros_like
 
-from megactl.engine import data_parallel, flat, functional, parallelize, pipeline, tensor_parallel, training_step, zero
+from megactl.engine import data_parallel, flat, functional, loss_scale, parallelize, pipeline, tensor_parallel, training_step, zero
 from megactl.engine.collectives import all_reduce
 from megactl.engine.models import transformer
 from megactl.engine.models.layers import Linear
@@ -106,6 +106,17 @@ def _count_skipped(original: Callable) -> Callable:
         outcome = original(self, *arguments)
         self.adam_step.copy_(counted)
         return outcome
+
+    return mutated
+
+
+def _own_overflow(original: Callable) -> Callable:
+    """Whether to skip, and the scale with it, decided on each rank by its own gradients."""
+
+    def mutated(self, totals, *arguments):
+        own = self.part.optimizer.norm_squared()
+        totals[0] = totals[0].where(totals[0].isfinite(), own)
+        return original(self, totals, *arguments)
 
     return mutated
 
@@ -218,6 +229,21 @@ _GPT_MUTATIONS = {
     ),
     "a skipped step counts as an update": Mutation(
         _patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True}
+    ),
+    "an overflow is each rank's own": Mutation(
+        _patched(training_step.TrainingStep, "_update", _own_overflow), (1, 2, 1), "skipped on rank 0", {"overflow": True, "scale": 2.0**40}
+    ),
+    "a skipped step counts as an update under a loss scale": Mutation(
+        _patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True, "scale": 2.0**40}
+    ),
+    "the norm is that of the scaled gradients": Mutation(
+        _patched(loss_scale.LossScale, "unscaled", lambda original: lambda self, factor: factor),
+        (1, 1, 2),
+        "norm on rank 0, step 1",
+        {"scale": 2.0**40},
+    ),
+    "the loss scale does not fall": Mutation(
+        _patched(loss_scale.LossScale, "update", _nothing), (1, 1, 2), "loss scale on rank 0", {"overflow": True, "scale": 2.0**40}
     ),
     "masked tokens count in the mean": Mutation(
         _patched(training_step.TrainingStep, "_totals", _total(3, _all_labels)), (1, 1, 2), "gradient in step 1", {"documents": "eod"}

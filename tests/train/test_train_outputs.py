@@ -15,7 +15,7 @@ SUMMARY_KEYS = {
 }  # fmt: skip
 METRIC_KEYS = {
     "iteration", "consumed_samples", "loss", "learning_rate", "global_batch_size", "grad_norm", "seconds", "tokens_per_s",
-    "model_tflops_per_gpu", "mfu", "skipped", "time",
+    "model_tflops_per_gpu", "mfu", "skipped", "loss_scale", "time",
 }  # fmt: skip
 
 

@@ -186,7 +186,8 @@ class CoreAttention(nn.Module):
         allowed = micro_batch.attention_mask
         if allowed is None and self.causal:
             allowed = torch.ones(s, s, dtype=torch.bool, device=q.device).tril_()
-        scores = (q @ k.transpose(-1, -2)) * self.scale
+        # Scaled before the product, which in fp16 ends at 65504.
+        scores = (q * self.scale) @ k.transpose(-1, -2)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
         probabilities = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
