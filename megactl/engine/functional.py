@@ -90,16 +90,20 @@ class _Linear(Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         weight_target, bias_target = ctx.targets
-        grad_x = handle = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = input_gradient(grad, weight)
-            handle = ctx.start_reduce(grad_x) if ctx.start_reduce else None
+        grad_x, handle = _start_input_gradient(ctx, grad, weight)
         grad_weight = weight_gradient(grad, x, weight_target, ctx.accumulate)
-        if ctx.has_bias:
-            grad_bias = bias_gradient(grad, bias_target, ctx.accumulate)
+        grad_bias = bias_gradient(grad, bias_target, ctx.accumulate) if ctx.has_bias else None
         if handle is not None:
             handle.wait()
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _start_input_gradient(ctx, grad: Tensor, weight: Tensor) -> tuple[Tensor | None, Handle | None]:
+    """The input gradient, where one is wanted, with its reduction on the way."""
+    if not ctx.needs_input_grad[0]:
+        return None, None
+    grad_x = input_gradient(grad, weight)
+    return grad_x, ctx.start_reduce(grad_x) if ctx.start_reduce else None
 
 
 def linear(
@@ -107,6 +111,35 @@ def linear(
 ) -> Tensor:
     """y = x @ weight.T + bias. `start_reduce` begins a reduction of the input gradient while the weight gradient is computed."""
     return _Linear.apply(x, weight, bias, accumulate, start_reduce)
+
+
+class _LinearGelu(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, approximate: str, accumulate: bool, start_reduce: StartReduce | None):
+        product = torch.nn.functional.linear(x, weight)
+        ctx.save_for_backward(x, weight, bias, product)
+        ctx.targets = getattr(weight, "main_grad", None), getattr(bias, "main_grad", None)
+        ctx.approximate, ctx.accumulate, ctx.start_reduce = approximate, accumulate, start_reduce
+        return ops.bias_gelu_forward(product, bias, approximate)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, product = ctx.saved_tensors
+        weight_target, bias_target = ctx.targets
+        grad, grad_bias = ops.bias_gelu_backward(grad, product, bias, ctx.approximate)
+        grad_x, handle = _start_input_gradient(ctx, grad, weight)
+        grad_weight = weight_gradient(grad, x, weight_target, ctx.accumulate)
+        grad_bias = _put(bias_target, grad_bias, bias, ctx.accumulate)
+        if handle is not None:
+            handle.wait()
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, approximate: str, *, accumulate: bool = False, start_reduce: StartReduce | None = None
+) -> Tensor:
+    """gelu(x @ weight.T + bias), `approximate` "tanh" or "none" (erf). Saved for backward: x and the product, not the activation."""
+    return _LinearGelu.apply(x, weight, bias, approximate, accumulate, start_reduce)
 
 
 class _Bias(Function):
@@ -128,7 +161,7 @@ def add_bias(x: Tensor, bias: Tensor, *, accumulate: bool = False) -> Tensor:
 class _LayerNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, epsilon: float, accumulate: bool):
-        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, epsilon)
+        y, mean, rstd = ops.layer_norm_forward(x, weight, bias, epsilon)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.targets = getattr(weight, "main_grad", None), getattr(bias, "main_grad", None)
         ctx.accumulate = accumulate
@@ -137,20 +170,49 @@ class _LayerNorm(Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-            grad.contiguous(), x, weight.shape, mean, rstd, weight, bias, [True, True, True]
-        )
-        weight_target, bias_target = ctx.targets
-        if weight_target is None:
-            return grad_x, grad_weight, grad_bias, None, None
-        write_gradient(weight_target, grad_weight, ctx.accumulate)
-        write_gradient(bias_target, grad_bias, ctx.accumulate)
-        return grad_x, None, None, None, None
+        return _layer_norm_backward(ctx, grad, x, weight, bias, mean, rstd, None) + (None, None)
+
+
+def _layer_norm_backward(ctx, grad, x, weight, bias, mean, rstd, grad_sum) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grad_x, grad_weight, grad_bias = ops.layer_norm_backward(grad, x, weight, mean, rstd, grad_sum)
+    weight_target, bias_target = ctx.targets
+    return grad_x, _put(weight_target, grad_weight, weight, ctx.accumulate), _put(bias_target, grad_bias, bias, ctx.accumulate)
+
+
+def _put(target: Tensor | None, gradient: Tensor, parameter: Tensor, accumulate: bool) -> Tensor | None:
+    """An fp32 gradient of a small parameter into its buffer, or, where there is none, to autograd in the parameter's dtype."""
+    if target is None:
+        return gradient.to(parameter.dtype)
+    write_gradient(target, gradient, accumulate)
+    return None
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, *, accumulate: bool = False) -> Tensor:
     """LayerNorm over the last dimension."""
     return _LayerNorm.apply(x, weight, bias, epsilon, accumulate)
+
+
+class _AddLayerNorm(Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, epsilon: float, accumulate: bool):
+        y, total, mean, rstd = ops.add_layer_norm_forward(x, residual, weight, bias, epsilon)
+        ctx.save_for_backward(total, weight, bias, mean, rstd)
+        ctx.targets = getattr(weight, "main_grad", None), getattr(bias, "main_grad", None)
+        ctx.accumulate = accumulate
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    def backward(ctx, grad, grad_total):
+        grad_x, grad_weight, grad_bias = _layer_norm_backward(ctx, grad, *ctx.saved_tensors, grad_total)
+        return grad_x, grad_x, grad_weight, grad_bias, None, None
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, epsilon: float, *, accumulate: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(LayerNorm(x + residual), x + residual) in one pass over memory, and their gradients in another."""
+    return _AddLayerNorm.apply(x, residual, weight, bias, epsilon, accumulate)
 
 
 class _Embedding(Function):

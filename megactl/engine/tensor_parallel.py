@@ -57,6 +57,12 @@ class ColumnParallelLinear(nn.Module):
         """x [b, s, in], the same on every rank, to [b, s, out / tp]."""
         return functional.linear(x, self.weight, self.bias, accumulate=micro_batch.accumulate, start_reduce=self._start_reduce)
 
+    def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str) -> Tensor:
+        """This rank's part of `Linear.gelu`."""
+        return functional.linear_gelu(
+            x, self.weight, self.bias, approximate, accumulate=micro_batch.accumulate, start_reduce=self._start_reduce
+        )
+
     def _start_reduce(self, grad: Tensor) -> functional.Handle | None:
         return all_reduce(grad, self.tp.group, async_op=True)
 

@@ -80,7 +80,7 @@ class PretrainingHead(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """x [b, s, h] to logits [b, s, rows] and sentence logits [b, 2]."""
-        y = nn.functional.gelu(self.dense(x, micro_batch), approximate=self.approximate)
+        y = self.dense.gelu(x, micro_batch, self.approximate)
         logits = self.decoder(self.norm(y, micro_batch), micro_batch)
         return logits, None if self.sentence is None else self.sentence(x, micro_batch)
 

@@ -75,6 +75,10 @@ class Linear(nn.Module):
         """x [b, s, in] to [b, s, out]."""
         return functional.linear(x, self.weight, self.bias, accumulate=micro_batch.accumulate)
 
+    def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str) -> Tensor:
+        """GELU of `forward`, with the bias added on the way; `approximate` is torch's word for its form."""
+        return functional.linear_gelu(x, self.weight, self.bias, approximate, accumulate=micro_batch.accumulate)
+
 
 class LayerNorm(nn.Module):
     """LayerNorm over h with weight and bias."""
@@ -89,6 +93,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, s, h]."""
         return functional.layer_norm(x, self.weight, self.bias, self.epsilon, accumulate=micro_batch.accumulate)
+
+    def add(self, x: Tensor, residual: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual), each [b, s, h]."""
+        return functional.add_layer_norm(x, residual, self.weight, self.bias, self.epsilon, accumulate=micro_batch.accumulate)
 
 
 class VocabEmbedding(nn.Module):
@@ -150,9 +158,13 @@ class Dropout(nn.Module):
         super().__init__()
         self.probability, self.site = probability, site
 
+    def drops(self, micro_batch: MicroBatch) -> bool:
+        """Whether anything is dropped."""
+        return self.probability > 0.0 and micro_batch.dropout
+
     def forward(self, x: Tensor, residual: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         """residual + dropout(x), both [b, s, h]."""
-        if self.probability == 0.0 or not micro_batch.dropout:
+        if not self.drops(micro_batch):
             return x if residual is None else x + residual
         return ops.dropout_add(x, residual, self.probability, micro_batch.rng, self.site)
 
@@ -182,15 +194,10 @@ class CoreAttention(nn.Module):
         return self._unfused(q, k, v, dropout, micro_batch)
 
     def _unfused(self, q: Tensor, k: Tensor, v: Tensor, dropout: float, micro_batch: MicroBatch) -> Tensor:
-        s = q.shape[-2]
-        allowed = micro_batch.attention_mask
-        if allowed is None and self.causal:
-            allowed = torch.ones(s, s, dtype=torch.bool, device=q.device).tril_()
+        mask = micro_batch.attention_mask
         # Scaled before the product, which in fp16 ends at 65504.
         scores = (q * self.scale) @ k.transpose(-1, -2)
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, float("-inf"))
-        probabilities = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        probabilities = ops.masked_softmax(scores, scale=1.0, mask=mask, causal=self.causal and mask is None)
         if dropout:
             probabilities = ops.dropout_add(
                 probabilities, None, dropout, micro_batch.rng, self.site, outer_offset=self.first_head, outer_size=self.num_heads
@@ -231,4 +238,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, s, h], before dropout."""
-        return self.down(nn.functional.gelu(self.up(x, micro_batch), approximate=self.approximate), micro_batch)
+        return self.down(self.up.gelu(x, micro_batch, self.approximate), micro_batch)

@@ -46,10 +46,19 @@ class Block(nn.Module):
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, s, h]."""
         if self.pre_norm:
-            x = self.attention_dropout(self.attention(self.attention_norm(x, micro_batch), micro_batch), x, micro_batch)
-            return self.mlp_dropout(self.mlp(self.mlp_norm(x, micro_batch), micro_batch), x, micro_batch)
-        x = self.attention_norm(self.attention_dropout(self.attention(x, micro_batch), x, micro_batch), micro_batch)
-        return self.mlp_norm(self.mlp_dropout(self.mlp(x, micro_batch), x, micro_batch), micro_batch)
+            branch = self.attention(self.attention_norm(x, micro_batch), micro_batch)
+            y, x = add_norm(self.attention_dropout, self.mlp_norm, branch, x, micro_batch)
+            return self.mlp_dropout(self.mlp(y, micro_batch), x, micro_batch)
+        x, _ = add_norm(self.attention_dropout, self.attention_norm, self.attention(x, micro_batch), x, micro_batch)
+        return add_norm(self.mlp_dropout, self.mlp_norm, self.mlp(x, micro_batch), x, micro_batch)[0]
+
+
+def add_norm(dropout: Dropout, norm: LayerNorm, branch: Tensor, x: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """(norm(sum), sum) for sum = x + dropout(branch), all [b, s, h]: without dropout in one pass over memory."""
+    if dropout.drops(micro_batch):
+        x = dropout(branch, x, micro_batch)
+        return norm(x, micro_batch), x
+    return norm.add(branch, x, micro_batch)
 
 
 class Transformer(nn.Module):
