@@ -18,7 +18,7 @@ from megactl.errors import BuildError, ConfigError, Problem
 
 MODES = ("auto", "compiled", "torch")
 # The modules beside this one that have operators, each with a function `register`.
-TOPICS = ("philox", "adamw")
+TOPICS = ("philox", "adamw", "gelu", "softmax")
 
 
 def mode() -> str:
