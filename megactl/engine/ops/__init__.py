@@ -2,6 +2,7 @@
 
 from megactl.engine.ops.adamw import adamw_, adamw_many_
 from megactl.engine.ops.cross_entropy import cross_entropy, cross_entropy_backward, cross_entropy_backward_, cross_entropy_forward
+from megactl.engine.ops.gelu import bias_gelu, bias_gelu_backward, bias_gelu_forward
 from megactl.engine.ops.gradients import clip_gradients_, scale_, squared_norm
 from megactl.engine.ops.library import describe, use_compiled
 from megactl.engine.ops.norm import (
@@ -17,6 +18,7 @@ from megactl.engine.ops.norm import (
     rms_norm_forward,
 )
 from megactl.engine.ops.philox import INITIALISATION_STEP, dropout_add, normal_, philox_bits_, stream_of
+from megactl.engine.ops.softmax import masked_softmax, masked_softmax_backward
 
 __all__ = [
     "INITIALISATION_STEP",
@@ -26,6 +28,9 @@ __all__ = [
     "add_layer_norm_forward",
     "add_rms_norm",
     "add_rms_norm_forward",
+    "bias_gelu",
+    "bias_gelu_backward",
+    "bias_gelu_forward",
     "clip_gradients_",
     "cross_entropy",
     "cross_entropy_backward",
@@ -36,6 +41,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_forward",
+    "masked_softmax",
+    "masked_softmax_backward",
     "normal_",
     "philox_bits_",
     "rms_norm",

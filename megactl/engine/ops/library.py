@@ -18,7 +18,7 @@ from megactl.errors import BuildError, ConfigError, Problem
 
 MODES = ("auto", "compiled", "torch")
 # The modules beside this one that have operators, each with a function `register`.
-TOPICS = ("philox", "adamw", "cross_entropy", "gradients", "norm")
+TOPICS = ("philox", "adamw", "cross_entropy", "gelu", "gradients", "norm", "softmax")
 
 
 def mode() -> str:
