@@ -170,7 +170,7 @@ class _LayerNorm(Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        return _layer_norm_backward(ctx, grad, x, weight, bias, mean, rstd, None) + (None, None)
+        return (*_layer_norm_backward(ctx, grad, x, weight, bias, mean, rstd, None), None, None)
 
 
 def _layer_norm_backward(ctx, grad, x, weight, bias, mean, rstd, grad_sum) -> tuple[Tensor, Tensor | None, Tensor | None]:
