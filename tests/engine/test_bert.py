@@ -262,7 +262,7 @@ def test_a_step_reports_both_means_and_learns(config):
     first = outcomes[0]
     close(first.parts, before)
     close(first.loss, first.parts.sum())
-    assert torch.equal(first.packed(), torch.stack([first.loss, first.grad_norm, first.skipped, first.stop, *first.parts]))
+    assert torch.equal(first.packed(), torch.stack([first.loss, first.grad_norm, first.skipped, first.stop, first.loss_scale, *first.parts]))
     assert (outcomes[-1].parts < torch.tensor([0.5, 0.2])).all() and engine.losses == ("lm_loss", "sentence_loss")
 
 

@@ -117,9 +117,10 @@ def test_rows_far_from_zero(compiled, columns):
 def test_what_is_not_finite_spoils_its_row(compiled, kind, value):
     t = inputs(70, 1024, torch.float32)
     t["x"][3, 77] = value
-    found, expected = computed(kind, t, False), exact(kind, t, False)
+    # Against torch on the CPU: its fused RMSNorm on CUDA spoils the whole row.
+    found, expected = computed(kind, t, False), exact(kind, {name: tensor.cpu() for name, tensor in t.items()}, False)
     for name in ("y", "grad_x", "grad_weight"):
-        assert torch.equal(found[name].isnan(), expected[name].isnan()), name
+        assert torch.equal(found[name].isnan().cpu(), expected[name].isnan()), name
 
 
 def test_more_elements_than_32_bits_count(compiled):

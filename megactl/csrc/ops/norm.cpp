@@ -212,6 +212,11 @@ NormGradients backward(const Tensor& grad_y, const Tensor& x, const Tensor& weig
     if (mean) in.check_statistic(*mean, "mean");
     in.check_statistic(rstd, "rstd");
     NormGradients out{new_like(x), in.new_weight_gradient(), mean ? in.new_weight_gradient() : Tensor()};
+    if (in.rows == 0) {
+        torch::stable::zero_(out.weight);
+        if (mean) torch::stable::zero_(out.bias);
+        return out;
+    }
     run(in, grad_y, mean, rstd, grad_sum ? &*grad_sum : nullptr, out);
     return out;
 }

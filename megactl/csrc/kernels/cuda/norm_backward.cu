@@ -81,7 +81,7 @@ __device__ __forceinline__ void store_partial(const C (&v)[P][N], C* partial, in
 template <typename T, typename W, bool kRms, int N, int P>
 __global__ void __launch_bounds__(most_threads(N, P), P == 1 ? 2 : 1) backward_kernel(NormBackward t, Partial<typename Compute<T>::type> partial, bool vectors) {
     using C = typename Compute<T>::type;
-    using Packed = Pack<T, N>;
+    using Packed = RowPack<T, N>;
     constexpr bool kKeepWeight = P == 1;  // in registers
     constexpr bool kAddEarly = P < 4;     // grad_sum is read before the sums are known, which takes registers, too
     __shared__ WarpSums<kSums<kRms>, C> shared[2];
@@ -146,10 +146,7 @@ __global__ void __launch_bounds__(most_threads(N, P), P == 1 ? 2 : 1) backward_k
 #pragma unroll
                 for (int j = 0; j < N; ++j) v[j] += g[j];
             }
-            Packed out;
-#pragma unroll
-            for (int j = 0; j < N; ++j) out.v[j] = store<T>(v[j]);
-            *reinterpret_cast<Packed*>(static_cast<T*>(t.grad_x) + start + column) = out;
+            *reinterpret_cast<Packed*>(static_cast<T*>(t.grad_x) + start + column) = narrow<T>(v);
         }
     }
     store_partial<N, P>(grad_weight, partial.weight, t.columns);

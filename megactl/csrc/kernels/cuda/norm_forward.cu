@@ -12,15 +12,16 @@ constexpr int block_packs(int n) { return n == 8 ? 2 : 4; }
 
 // x, or x + residual rounded to T, which goes to `sum`. Kept packed: widened, a row would take twice the registers.
 template <typename T, int N>
-__device__ __forceinline__ Pack<T, N> load_row_pack(const void* x, const void* residual, void* sum, int64_t at) {
-    using P = Pack<T, N>;
+__device__ __forceinline__ RowPack<T, N> load_row_pack(const void* x, const void* residual, void* sum, int64_t at) {
+    using P = RowPack<T, N>;
     P in = *reinterpret_cast<const P*>(static_cast<const T*>(x) + at);
     if (residual == nullptr) return in;
     const P add = *reinterpret_cast<const P*>(static_cast<const T*>(residual) + at);
     typename Compute<T>::type ins[N], adds[N];
     widen(in, ins), widen(add, adds);
 #pragma unroll
-    for (int j = 0; j < N; ++j) in.v[j] = store<T>(ins[j] + adds[j]);
+    for (int j = 0; j < N; ++j) ins[j] += adds[j];
+    in = narrow<T>(ins);
     *reinterpret_cast<P*>(static_cast<T*>(sum) + at) = in;
     return in;
 }
@@ -28,21 +29,20 @@ __device__ __forceinline__ Pack<T, N> load_row_pack(const void* x, const void* r
 // y of N elements at `column` of the row that begins at `start`.
 template <typename W, bool kRms, typename T, int N, typename C>
 __device__ __forceinline__ void store_row_pack(const NormForward& t, bool vectors, const RowNorm<C>& norm, int64_t start, int64_t column,
-                                               const Pack<T, N>& row) {
+                                               const RowPack<T, N>& row) {
     C weight[N], bias[N], v[N];
     widen(row, v);
     load_weights<N>(static_cast<const W*>(t.weight) + column, vectors, weight);
     if constexpr (!kRms) load_weights<N>(static_cast<const W*>(t.bias) + column, vectors, bias);
-    Pack<T, N> out;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
         if constexpr (kRms) {
-            out.v[j] = store<T>(v[j] * norm.rstd * weight[j]);
+            v[j] = v[j] * norm.rstd * weight[j];
         } else {
-            out.v[j] = store<T>(multiply_add(norm(v[j]), weight[j], bias[j]));
+            v[j] = multiply_add(norm(v[j]), weight[j], bias[j]);
         }
     }
-    *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(t.y) + start + column) = out;
+    *reinterpret_cast<RowPack<T, N>*>(static_cast<T*>(t.y) + start + column) = narrow<T>(v);
 }
 
 template <bool kRms, typename C>
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kBound, kBound == kMostThreads ? 1 : 7) forwar
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
     for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < t.rows; row += step) {
         const int64_t start = row * t.columns;
-        Pack<T, N> v[P];
+        RowPack<T, N> v[P];
 #pragma unroll
         for (int p = 0; p < P; ++p) {
             const int column = (threadIdx.x + p * blockDim.x) * N;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kMostThreads) forward_long_kernel(NormForward 
             }
         });
         for (int64_t column = first; column < t.columns; column += step) {
-            const Pack<T, N> v = load_row_pack<T, N>(from, nullptr, nullptr, start + column);
+            const RowPack<T, N> v = load_row_pack<T, N>(from, nullptr, nullptr, start + column);
             store_row_pack<W, kRms>(t, vectors, norm, start, column, v);
         }
         store_statistics<kRms>(t, row, norm);
