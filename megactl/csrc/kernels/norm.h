@@ -26,7 +26,7 @@ MEGACTL_INLINE C multiply_add(C a, C b, C c) {
 #endif
 
 #ifdef __CUDACC__
-MEGACTL_INLINE float inverse_root(float x) { return 1.0f / sqrtf(x); }
+MEGACTL_INLINE float inverse_root(float x) { return rsqrtf(x); }
 MEGACTL_INLINE double inverse_root(double x) { return 1.0 / sqrt(x); }
 #else
 MEGACTL_INLINE float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
@@ -41,10 +41,10 @@ struct RowNorm {
     MEGACTL_INLINE C operator()(C x) const { return multiply_add(x - mean, rstd, offset); }
 };
 
-// From sums over the row of d = x - mean and of d^2.
+// From sums over the row of d = x - mean and of d^2; `share` is 1 / columns.
 template <typename C>
-MEGACTL_INLINE RowNorm<C> row_norm(C mean, C sum_d, C sum_squares, C columns, C epsilon) {
-    const C shift = sum_d / columns, variance = sum_squares / columns - shift * shift;
+MEGACTL_INLINE RowNorm<C> row_norm(C mean, C sum_d, C sum_squares, C share, C epsilon) {
+    const C shift = sum_d * share, variance = sum_squares * share - shift * shift;
     // Rounding may leave less than nothing of a constant row; NaN must stay.
     const C rstd = inverse_root((variance < C(0) ? C(0) : variance) + epsilon);
     return {mean, rstd, -shift * rstd};
@@ -61,10 +61,10 @@ struct RowGradient {
 
 // From sums over the row of a, of a d and of d, with d = x - mean; sets RowNorm's `offset`, too.
 template <typename C>
-MEGACTL_INLINE RowGradient<C> row_gradient(C rstd, C sum_a, C sum_ad, C sum_d, C columns, C& offset) {
-    const C shift = sum_d / columns;
+MEGACTL_INLINE RowGradient<C> row_gradient(C rstd, C sum_a, C sum_ad, C sum_d, C share, C& offset) {
+    const C shift = sum_d * share;
     offset = -shift * rstd;
-    return {rstd, sum_a / columns, rstd * (sum_ad - shift * sum_a) / columns};
+    return {rstd, sum_a * share, rstd * (sum_ad - shift * sum_a) * share};
 }
 
 }  // namespace megactl

@@ -139,7 +139,7 @@ MEGACTL_INLINE void norm_forward_rows(const NormRows<C>& a, const T* x, const T*
                 const auto d = at(s) - mean;
                 v[0] = d, v[1] = d * d;
             });
-            const RowNorm<C> norm = row_norm(mean, sums[0], sums[1], static_cast<C>(n), a.epsilon);
+            const RowNorm<C> norm = row_norm(mean, sums[0], sums[1], C(1) / static_cast<C>(n), a.epsilon);
             for (int64_t i = 0; i < n; ++i) to[i] = multiply_add(norm(s[i]), weight[i], bias[i]);
             a.mean[row] = mean, a.rstd[row] = norm.rstd;
         } else {
@@ -182,7 +182,7 @@ MEGACTL_INLINE void start_backward(const NormRows<C>& a, int64_t row, BackwardRo
             const auto g_w = at(g) * at(weight), d = at(s) - mean;
             v[0] = g_w, v[1] = g_w * d, v[2] = d;
         });
-        b.gradient = row_gradient(rstd, sums[0], sums[1], sums[2], static_cast<C>(n), b.norm.offset);
+        b.gradient = row_gradient(rstd, sums[0], sums[1], sums[2], C(1) / static_cast<C>(n), b.norm.offset);
     }
 }
 

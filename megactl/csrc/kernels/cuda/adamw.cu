@@ -70,7 +70,9 @@ int launch(const AdamWTensor* tensors, int64_t count, const AdamWScalars& scalar
 int adamw(Type type, Type low_type, const AdamWTensor* tensors, int64_t count, const AdamWScalars& scalars, const AdamWSettings& settings,
           void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
-    const bool low = count > 0 && tensors[0].low != nullptr;
+    // The first tensor may be empty, and then has no address.
+    bool low = false;
+    for (int64_t i = 0; i < count; ++i) low = low || tensors[i].low != nullptr;
     if (type == Type::kFloat) {
         if (!low) return launch<float, None>(tensors, count, scalars, settings, on);
         if (low_type == Type::kBFloat16) return launch<float, __nv_bfloat16>(tensors, count, scalars, settings, on);

@@ -34,11 +34,11 @@ __device__ __forceinline__ void add_element(C (&sums)[kSums<kRms>], C a, C x, C 
 }
 
 template <bool kRms, typename C>
-__device__ __forceinline__ RowGradient<C> gradient_of(const C (&sums)[kSums<kRms>], RowNorm<C>& norm, C columns) {
+__device__ __forceinline__ RowGradient<C> gradient_of(const C (&sums)[kSums<kRms>], RowNorm<C>& norm, C share) {
     if constexpr (kRms) {
-        return {norm.rstd, C(0), norm.rstd * sums[0] / columns};
+        return {norm.rstd, C(0), norm.rstd * sums[0] * share};
     } else {
-        return row_gradient(norm.rstd, sums[0], sums[1], sums[2], columns, norm.offset);
+        return row_gradient(norm.rstd, sums[0], sums[1], sums[2], share, norm.offset);
     }
 }
 
@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(most_threads(N, P), P == 1 ? 2 : 1) backward_k
     __shared__ WarpSums<kSums<kRms>, C> shared[2];
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
     const W* const weights = static_cast<const W*>(t.weight);
+    const C share = C(1) / static_cast<C>(t.columns);
     C weight[P][N] = {}, grad_weight[P][N] = {}, grad_bias[P][N] = {};
     if (kKeepWeight && threadIdx.x * N < t.columns) load_weights<N>(weights + threadIdx.x * N, vectors, weight[0]);
     // All rows of the block take part in each turn, since they share its barrier.
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(most_threads(N, P), P == 1 ? 2 : 1) backward_k
             for (int j = 0; j < N; ++j) add_element<kRms>(sums, g[j] * weight[p][j], v[j], norm.mean);
         }
         row_sums(sums, shared[turn]);
-        const RowGradient<C> gradient = gradient_of<kRms>(sums, norm, static_cast<C>(t.columns));
+        const RowGradient<C> gradient = gradient_of<kRms>(sums, norm, share);
 #pragma unroll
         for (int p = 0; p < P; ++p) {
             const int column = (threadIdx.x + p * blockDim.x) * N;
@@ -161,6 +162,7 @@ template <typename T, typename W, bool kRms>
 __global__ void __launch_bounds__(kThreads) row_factors_kernel(NormBackward t, typename Compute<T>::type* factors) {
     using C = typename Compute<T>::type;
     __shared__ WarpSums<kSums<kRms>, C> shared[2];
+    const C share = C(1) / static_cast<C>(t.columns);
     int turn = 0;
     for (int64_t row = blockIdx.x; row < t.rows; row += gridDim.x, turn ^= 1) {
         const T *const grad = static_cast<const T*>(t.grad_y) + row * t.columns, *const x = static_cast<const T*>(t.x) + row * t.columns;
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) row_factors_kernel(NormBackward t, t
             add_element<kRms>(sums, load(grad[column]) * load(static_cast<const W*>(t.weight)[column]), load(x[column]), norm.mean);
         }
         row_sums(sums, shared[turn]);
-        const RowGradient<C> gradient = gradient_of<kRms>(sums, norm, static_cast<C>(t.columns));
+        const RowGradient<C> gradient = gradient_of<kRms>(sums, norm, share);
         if (threadIdx.x == 0) {
             C* const to = factors + row * kFactors;
             to[0] = gradient.mean_a, to[1] = gradient.mean_az, to[2] = norm.offset;

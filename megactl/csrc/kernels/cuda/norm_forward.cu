@@ -57,18 +57,18 @@ template <bool kRms, typename C, typename ForEach>
 __device__ __forceinline__ RowNorm<C> statistics(const NormForward& t, const ForEach& for_each) {
     __shared__ WarpSums<1, C> first;
     __shared__ WarpSums<2, C> second;
-    const C columns = static_cast<C>(t.columns), epsilon = static_cast<C>(t.epsilon);
+    const C share = C(1) / static_cast<C>(t.columns), epsilon = static_cast<C>(t.epsilon);
     C total[1] = {};
     if constexpr (kRms) {
         for_each([&](C v) { total[0] = multiply_add(v, v, total[0]); });
         row_sums(total, first);
         // The next row's sums may overwrite `first` only when every warp has read this row's.
         if (blockDim.x > kWarp) __syncthreads();
-        return {C(0), inverse_root(total[0] / columns + epsilon), C(0)};
+        return {C(0), inverse_root(multiply_add(total[0], share, epsilon)), C(0)};
     } else {
         for_each([&](C v) { total[0] += v; });
         row_sums(total, first);
-        const C mean = total[0] / columns;
+        const C mean = total[0] * share;
         C sums[2] = {};
         for_each([&](C v) {
             const C d = v - mean;
@@ -76,7 +76,7 @@ __device__ __forceinline__ RowNorm<C> statistics(const NormForward& t, const For
             sums[1] = multiply_add(d, d, sums[1]);
         });
         row_sums(sums, second);
-        return row_norm(mean, sums[0], sums[1], columns, epsilon);
+        return row_norm(mean, sums[0], sums[1], share, epsilon);
     }
 }
 
