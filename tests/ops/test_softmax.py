@@ -30,7 +30,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def make_mask(kind: str, shape: tuple[int, ...]) -> torch.Tensor | None:
-    b, n, queries, keys = shape
+    b, _, queries, keys = shape
     if kind == "none":
         return None
     if kind == "padding":  # a prefix of each sample, which may be empty
