@@ -76,10 +76,10 @@ def test_tails_keep_their_relative_accuracy(compiled):
 def test_special_numbers(compiled, dtype, approximate):
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 300.0, -300.0, 6e4, -6e4], device="cuda").to(dtype)
     expected = torch.nn.functional.gelu(x.double().cpu(), approximate=approximate)
-    for repeat in (1, 3):  # 8 columns: with 16-byte loads; 24 columns at an odd address: without
-        many = x.repeat(repeat + 1)[: 8 * repeat]
-        y = ops.bias_gelu(many, torch.zeros_like(many), approximate).double().cpu()
-        assert torch.equal(y.isnan(), expected.repeat(repeat).isnan()) and torch.equal(y.nan_to_num(), expected.repeat(repeat).nan_to_num())
+    for shift in (0, 1):  # with 16-byte loads, and at an address that does not allow them
+        moved = torch.cat([x[:shift], x])[shift:]
+        y = ops.bias_gelu(moved, torch.zeros_like(moved), approximate).double().cpu()
+        assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(), expected.nan_to_num())
     slopes = ops.bias_gelu_backward(torch.ones_like(x), x, torch.zeros_like(x), approximate)[0]
     assert slopes[0].isnan() and torch.equal(slopes[4:].cpu(), torch.tensor([1.0, 0.0, 1.0, 0.0]).to(dtype))
 
