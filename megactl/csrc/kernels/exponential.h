@@ -52,8 +52,10 @@ MEGACTL_INLINE float power_of_two(float x) {
     x = x > 128.0f ? 128.0f : x;
     const float biased = x + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the last bits then hold
     const float r = x - (biased - 12582912.0f);
-    const float tail = 5.550327227e-02f + r * (9.618056679e-03f + r * (1.340042818e-03f + r * 1.546144470e-04f));
-    const float p = 1.0f + r * (6.931472067e-01f + r * (2.402265092e-01f + r * tail));
+    const float z = r * r;  // even and odd powers apart: half as long a chain of operations that wait for each other
+    const float odd = 6.931472067e-01f + z * (5.550327227e-02f + z * 1.340042818e-03f);
+    const float even = z * (2.402265092e-01f + z * (9.618056679e-03f + z * 1.546144470e-04f));
+    const float p = 1.0f + (r * odd + even);
     return p * bit_cast<float>((bit_cast<uint32_t>(biased) + 127u) << 23);
 }
 MEGACTL_INLINE double power_of_two(double x) {

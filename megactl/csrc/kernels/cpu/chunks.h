@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/conversions.h"
 #include "kernels/dtype.h"
 
 namespace megactl::cpu {
@@ -11,31 +12,27 @@ namespace megactl::cpu {
 constexpr int64_t kChunk = 1024;
 
 // x[0..n) in the type of the arithmetic: x itself where it has that type, else `room`, converted.
-template <typename T, typename C>
-MEGACTL_INLINE const C* widened(int64_t n, const T* __restrict x, C* __restrict room) {
-    for (int64_t i = 0; i < n; ++i) room[i] = load(x[i]);
+template <typename T>
+MEGACTL_INLINE const float* widened(int64_t n, const T* x, float* room) {
+    widen(n, x, room);
     return room;
 }
-template <typename C>
-MEGACTL_INLINE const C* widened(int64_t, const C* x, C*) {
-    return x;
-}
+MEGACTL_INLINE const float* widened(int64_t, const float* x, float*) { return x; }
+MEGACTL_INLINE const double* widened(int64_t, const double* x, double*) { return x; }
 
 // Where a result of n elements goes before `rounded` writes it to y: y itself where no rounding is needed.
-template <typename T, typename C>
-MEGACTL_INLINE C* unrounded(T*, C* room) {
+template <typename T>
+MEGACTL_INLINE float* unrounded(T*, float* room) {
     return room;
 }
-template <typename C>
-MEGACTL_INLINE C* unrounded(C* y, C*) {
-    return y;
-}
+MEGACTL_INLINE float* unrounded(float* y, float*) { return y; }
+MEGACTL_INLINE double* unrounded(double* y, double*) { return y; }
 
-template <typename T, typename C>
-MEGACTL_INLINE void rounded(int64_t n, const C* __restrict from, T* __restrict y) {
-    for (int64_t i = 0; i < n; ++i) y[i] = Store<T>::from(from[i]);
+template <typename T>
+MEGACTL_INLINE void rounded(int64_t n, const float* from, T* y) {
+    round(n, from, y);
 }
-template <typename C>
-MEGACTL_INLINE void rounded(int64_t, const C*, C*) {}
+MEGACTL_INLINE void rounded(int64_t, const float*, float*) {}
+MEGACTL_INLINE void rounded(int64_t, const double*, double*) {}
 
 }  // namespace megactl::cpu

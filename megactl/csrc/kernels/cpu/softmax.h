@@ -16,10 +16,15 @@ struct Lanes {
     static constexpr int64_t kCount = 64 / sizeof(C);
     typedef C Vector __attribute__((vector_size(64)));
 
-    // Sum in short pieces, so that rounding errors do not add up over a long row.
+    // Sums in short pieces, so that rounding errors do not add up over a long row.
     static MEGACTL_INLINE C sum(int64_t n, const C* x) {
         C total = 0;
         for (int64_t begin = 0; begin < n; begin += kChunk) total += piece(n - begin < kChunk ? n - begin : kChunk, x + begin);
+        return total;
+    }
+    static MEGACTL_INLINE C dot(int64_t n, const C* x, const C* y) {
+        C total = 0;
+        for (int64_t begin = 0; begin < n; begin += kChunk) total += piece(n - begin < kChunk ? n - begin : kChunk, x + begin, y + begin);
         return total;
     }
 
@@ -40,76 +45,87 @@ struct Lanes {
    private:
     static MEGACTL_INLINE void read(const C* x, Vector& v) { memcpy(&v, x, sizeof v); }
 
+    static MEGACTL_INLINE C joined(Vector& sums, C rest) {
+        for (int64_t width = kCount / 2; width > 0; width /= 2) {
+            for (int64_t lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+        }
+        return sums[0] + rest;
+    }
+
     static MEGACTL_INLINE C piece(int64_t n, const C* x) {
         Vector sums{}, next;
+        C rest = 0;
         int64_t i = 0;
         for (; i + kCount <= n; i += kCount) {
             read(x + i, next);
             sums += next;
         }
-        C rest = 0;
         for (; i < n; ++i) rest += x[i];
-        for (int64_t width = kCount / 2; width > 0; width /= 2) {
-            for (int64_t lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+        return joined(sums, rest);
+    }
+
+    static MEGACTL_INLINE C piece(int64_t n, const C* x, const C* y) {
+        Vector sums{}, one, other;
+        C rest = 0;
+        int64_t i = 0;
+        for (; i + kCount <= n; i += kCount) {
+            read(x + i, one), read(y + i, other);
+            sums += one * other;
         }
-        return sums[0] + rest;
+        for (; i < n; ++i) rest += x[i] * y[i];
+        return joined(sums, rest);
     }
 };
 
 // softmax(scale * scores) over the keys among [0, visible) that `mask` (or null) allows, zeros at the others up to n. `room` has
 // `visible` elements. The largest score is taken off before scaling, so that the scale's rounding error does not grow with the scores.
 template <typename T, typename C>
-MEGACTL_INLINE void softmax_run(int64_t n, int64_t visible, const uint8_t* __restrict mask, C scale, const T* __restrict scores,
-                                C* __restrict room, T* __restrict y) {
+MEGACTL_INLINE void softmax_run(int64_t n, int64_t visible, const uint8_t* __restrict mask, C scale, const T* scores, C* room, T* y) {
+    memset(static_cast<void*>(y + visible), 0, static_cast<size_t>(n - visible) * sizeof(T));
     const C sign = scale < C(0) ? C(-1) : C(1), factor = scale * sign * static_cast<C>(kLog2E);
-    for (int64_t i = 0; i < visible; ++i) room[i] = load(scores[i]) * sign;
-    bool any = visible > 0;
+    const C* values = widened(visible, scores, room);
+    if (mask || sign < C(0)) {
+        C* __restrict const to = room;
+        for (int64_t i = 0; i < visible; ++i) to[i] = values[i] * sign;
+        values = room;
+    }
     if (mask) {
-        int32_t seen = 0;
-        for (int64_t i = 0; i < visible; ++i) seen |= mask[i];
-        any = seen != 0;
-        for (int64_t i = 0; i < visible; ++i) room[i] = mask[i] ? room[i] : -static_cast<C>(__builtin_inff());
+        C* __restrict const to = room;
+        for (int64_t i = 0; i < visible; ++i) to[i] = mask[i] ? to[i] : -static_cast<C>(__builtin_inff());
     }
-    if (!any) {
-        memset(static_cast<void*>(y), 0, static_cast<size_t>(n) * sizeof(T));
-        return;
-    }
-    const C top = Lanes<C>::max(visible, room);
-    for (int64_t i = 0; i < visible; ++i) room[i] = power_of_two((room[i] - top) * factor);
+    const C top = Lanes<C>::max(visible, values);
+    C* const e = unrounded(y, room);
+    for (int64_t i = 0; i < visible; ++i) e[i] = power_of_two((values[i] - top) * factor);
     if (mask) {
-        // Not 0 yet where the factor is: -infinity * 0 is NaN.
-        for (int64_t i = 0; i < visible; ++i) room[i] = mask[i] ? room[i] : C(0);
+        // -infinity is not 0 yet where the factor is 0, nor where all scores are -infinity.
+        for (int64_t i = 0; i < visible; ++i) e[i] = mask[i] ? e[i] : C(0);
     }
-    const C share = C(1) / Lanes<C>::sum(visible, room);
-    for (int64_t i = 0; i < visible; ++i) y[i] = Store<T>::from(room[i] * share);
-    if (mask) {
-        // Only a row with NaN in it needs this: elsewhere what is masked is 0 already.
-        if (share != share) {
-            for (int64_t i = 0; i < visible; ++i) y[i] = mask[i] ? y[i] : T{};
-        }
+    const C sum = Lanes<C>::sum(visible, e);
+    const C share = sum == C(0) ? C(0) : C(1) / sum;  // 0 where nothing is allowed: the largest score's power is 1
+    for (int64_t i = 0; i < visible; ++i) e[i] *= share;
+    if (mask && share != share) {
+        for (int64_t i = 0; i < visible; ++i) e[i] = mask[i] ? e[i] : C(0);
     }
-    if (visible < n) memset(static_cast<void*>(y + visible), 0, static_cast<size_t>(n - visible) * sizeof(T));
+    rounded(visible, e, y);
 }
 
 // scale * y * (grad - sum(grad * y)) at the allowed keys, zeros elsewhere. `room` has 2 * visible elements.
 template <typename T, typename C>
-MEGACTL_INLINE void softmax_backward_run(int64_t n, int64_t visible, const uint8_t* __restrict mask, C scale, const T* __restrict grad,
-                                         const T* __restrict y, C* __restrict room, T* __restrict grad_scores) {
-    C *__restrict const products = room, *__restrict const grads = room + visible;
-    for (int64_t i = 0; i < visible; ++i) grads[i] = load(grad[i]);
-    for (int64_t i = 0; i < visible; ++i) products[i] = load(y[i]);
+MEGACTL_INLINE void softmax_backward_run(int64_t n, int64_t visible, const uint8_t* __restrict mask, C scale, const T* grad, const T* y,
+                                         C* room, T* grad_scores) {
+    memset(static_cast<void*>(grad_scores + visible), 0, static_cast<size_t>(n - visible) * sizeof(T));
+    const C *grads = widened(visible, grad, room), *const ys = widened(visible, y, room + visible);
     if (mask) {
-        for (int64_t i = 0; i < visible; ++i) grads[i] = mask[i] ? grads[i] : C(0);
-        for (int64_t i = 0; i < visible; ++i) products[i] = mask[i] ? products[i] : C(0);
+        for (int64_t i = 0; i < visible; ++i) room[i] = mask[i] ? grads[i] : C(0);
+        grads = room;
     }
-    for (int64_t i = 0; i < visible; ++i) products[i] *= grads[i];
-    const C dot = Lanes<C>::sum(visible, products);
-    for (int64_t i = 0; i < visible; ++i) products[i] = scale * load(y[i]) * (grads[i] - dot);
-    for (int64_t i = 0; i < visible; ++i) grad_scores[i] = Store<T>::from(products[i]);
+    const C dot = Lanes<C>::dot(visible, grads, ys);
+    C* const out = unrounded(grad_scores, room);
+    for (int64_t i = 0; i < visible; ++i) out[i] = scale * ys[i] * (grads[i] - dot);
     if (mask) {
-        for (int64_t i = 0; i < visible; ++i) grad_scores[i] = mask[i] ? grad_scores[i] : T{};
+        for (int64_t i = 0; i < visible; ++i) out[i] = mask[i] ? out[i] : C(0);
     }
-    if (visible < n) memset(static_cast<void*>(grad_scores + visible), 0, static_cast<size_t>(n - visible) * sizeof(T));
+    rounded(visible, out, grad_scores);
 }
 
 #define MEGACTL_SOFTMAX_KERNELS(T, C)                                                                                            \

@@ -8,8 +8,8 @@ namespace megactl::cuda {
 
 // Rows a thread loads before it computes: bytes under way hide the latency of memory.
 constexpr int kForwardRows = 4, kBackwardRows = 2;
-// Thread blocks that must fit into a multiprocessor, for the same reason: at most 64 registers a thread.
-constexpr int kResident = 4;
+// Thread blocks that must fit into a multiprocessor, for the same reason: at most 80 registers a thread, which no kernel here exceeds.
+constexpr int kResident = 3;
 
 template <typename T, int N>
 __device__ __forceinline__ Pack<T, N> pack_at(const T* p) {

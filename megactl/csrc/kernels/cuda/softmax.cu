@@ -63,7 +63,7 @@ __device__ __forceinline__ int64_t row_here() {
 
 // Element (p, j) of a thread is key (p * threads + thread) * N + j, so that a warp's loads are consecutive.
 template <typename T, int N, int P, bool kBlock>
-__global__ void __launch_bounds__(kBlock ? 1024 : kWarp * kWarpsABlock, kBlock || N == 1 ? 1 : 6) softmax_kernel(Softmax s, float scale, const T* scores, T* y) {
+__global__ void __launch_bounds__(kBlock ? 1024 : kWarp * kWarpsABlock, kBlock || N == 1 ? 1 : 4) softmax_kernel(Softmax s, float scale, const T* scores, T* y) {
     const int64_t row = row_here<kBlock>();
     if (row >= s.rows) return;
     const Sight seen = sight(s, static_cast<uint32_t>(row));
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kBlock ? 1024 : kWarp * kWarpsABlock, kBlock |
 }
 
 template <typename T, int N, int P, bool kBlock>
-__global__ void __launch_bounds__(kBlock ? 1024 : kWarp * kWarpsABlock, kBlock || N == 1 ? 1 : 6)
+__global__ void __launch_bounds__(kBlock ? 1024 : kWarp * kWarpsABlock, kBlock || N == 1 ? 1 : 4)
     softmax_backward_kernel(Softmax s, float scale, const T* grad, const T* y, T* grad_scores) {
     const int64_t row = row_here<kBlock>();
     if (row >= s.rows) return;
