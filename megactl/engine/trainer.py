@@ -23,7 +23,7 @@ from torch import Tensor
 from megactl.config.schema import Run
 from megactl.config.validate import Resolved
 from megactl.engine import checkpoint
-from megactl.engine.attention import preferred_attention
+from megactl.engine.attention import gives_masks, preferred_attention
 from megactl.engine.data import BatchLoader, TokenDataset, build_datasets
 from megactl.engine.environment import compare_fingerprints, fingerprint, write_environment
 from megactl.engine.launch import RankContext, connect_store
@@ -50,7 +50,7 @@ def run_rank(run: Run, resolved: Resolved, context: RankContext) -> int:
             backend, store=connect_store(context), rank=context.rank, world_size=context.world_size, timeout=timedelta(minutes=10)
         )
     try:
-        with preferred_attention():
+        with preferred_attention(masked=gives_masks(run)):
             code = Trainer(run, resolved, context, device).train()
         with context.heartbeat.phase("end"):
             _disconnect()

@@ -262,7 +262,8 @@ def test_a_step_reports_both_means_and_learns(config):
     first = outcomes[0]
     close(first.parts, before)
     close(first.loss, first.parts.sum())
-    assert torch.equal(first.packed(), torch.stack([first.loss, first.grad_norm, first.skipped, first.stop, first.loss_scale, *first.parts]))
+    packed = [first.loss, first.grad_norm, first.skipped, first.stop, first.loss_scale, *first.parts]
+    assert torch.equal(first.packed(), torch.stack(packed))
     assert (outcomes[-1].parts < torch.tensor([0.5, 0.2])).all() and engine.losses == ("lm_loss", "sentence_loss")
 
 
@@ -306,7 +307,7 @@ def test_cuda_equals_the_cpu(config, precision, limit, attention):
             training=Training(micro_batch_size=2, global_batch_size=6, seq_length=S, precision=kind, device=device),
         )  # fmt: skip
         engine = TrainingStep(run, Mesh(torch.device(device)))
-        with preferred_attention():
+        with preferred_attention(masked=True):
             outcome = engine.step(1, batches.__getitem__, global_batch_size=6, learning_rate=0.0)
         found.append((outcome.parts.cpu(), {name: tensor.double().cpu() for name, (_, tensor) in engine.gradients().items()}))
     (right_parts, right), (parts, gradients_found) = found

@@ -35,9 +35,9 @@ PRECISIONS = list(TOLERANCE)
 
 
 @pytest.fixture(autouse=True)
-def kernels_of_a_run() -> Iterator[None]:
+def kernels_of_a_run(request: pytest.FixtureRequest) -> Iterator[None]:
     """The fused attention kernel that training takes."""
-    with preferred_attention():
+    with preferred_attention(masked="documents" in str(request.node.name)):
         yield
 
 

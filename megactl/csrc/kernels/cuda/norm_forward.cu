@@ -81,7 +81,7 @@ __device__ __forceinline__ RowNorm<C> statistics(const NormForward& t, const For
 }
 
 template <typename T, typename W, bool kRms, int N, int P, int kBound>
-__global__ void __launch_bounds__(kBound, kBound == kMostThreads ? 1 : 7) forward_kernel(NormForward t, bool vectors) {
+__global__ void __launch_bounds__(kBound, kBound == kMostThreads ? 1 : kBound == kThreads ? 3 : 7) forward_kernel(NormForward t, bool vectors) {
     using C = typename Compute<T>::type;
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
     for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < t.rows; row += step) {
@@ -160,6 +160,10 @@ int launch_forward(const NormForward& t, cudaStream_t stream) {
         forward_kernel<T, W, kRms, N, 1, kWarpBound><<<blocks(kRowsOfWarps), warp_rows, 0, stream>>>(t, vectors);
     } else if (packs <= kWarp * kWarpPacks) {
         forward_kernel<T, W, kRms, N, kWarpPacks, kWarpBound><<<blocks(kRowsOfWarps), warp_rows, 0, stream>>>(t, vectors);
+    } else if (N == 8 && packs <= kThreads * kWarpPacks) {
+        // Fewer threads with more of the row each: what every thread does once for a row is half of the work otherwise.
+        const int threads = round_to_warps((packs + kWarpPacks - 1) / kWarpPacks);
+        forward_kernel<T, W, kRms, N, kWarpPacks, kThreads><<<blocks(1), threads, 0, stream>>>(t, vectors);
     } else if (packs <= kMostThreads * kBlockPacks) {
         const int threads = round_to_warps((packs + kBlockPacks - 1) / kBlockPacks);
         forward_kernel<T, W, kRms, N, kBlockPacks, kMostThreads><<<blocks(1), threads, 0, stream>>>(t, vectors);
