@@ -159,10 +159,9 @@ def layer_activations(model: Model, layout: Layout) -> int:
         # Log-sum-exp of every row; BERT's mask of padding, which each call turns into numbers to add.
         mask = sizes.element * sizes.tokens if is_encoder(model) else 0
         return whole + split + sizes.accumulate * model.num_heads * sizes.tokens // sizes.tensor_parallel + mask
-    # Softmax for its own backward; what multiplies the values is another tensor where dropout or a cast lies between.
-    second = model.attention_dropout > 0 or sizes.accumulate != sizes.element
-    mask = sizes.tokens if is_encoder(model) else layout.seq_length**2
-    return whole + split + sizes.scores * (sizes.accumulate + (sizes.element if second else 0)) + mask
+    # Softmax for its own backward; what multiplies the values is another tensor where dropout lies between. BERT's mask of padding.
+    copies = 2 if model.attention_dropout > 0 else 1
+    return whole + split + copies * sizes.scores * sizes.element + (sizes.tokens if is_encoder(model) else 0)
 
 
 def _embedding(model: Model, sizes: _Sizes) -> int:
@@ -232,5 +231,5 @@ def _layer_transient(sizes: _Sizes) -> int:
     if not sizes.unfused:
         return through_mlp
     # Gradients of the probabilities and of the scores; the MLP's kept tensors of this layer are free again by then.
-    attention = sizes.scores * (sizes.element + sizes.accumulate) + sizes.hidden
+    attention = 2 * sizes.scores * sizes.element + sizes.hidden
     return max(through_mlp, attention - 2 * sizes.hidden - 2 * sizes.mlp)
