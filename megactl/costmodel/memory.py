@@ -159,9 +159,9 @@ def layer_activations(model: Model, layout: Layout) -> int:
         # Log-sum-exp of every row; BERT's mask of padding, which each call turns into numbers to add.
         mask = sizes.element * sizes.tokens if is_encoder(model) else 0
         return whole + split + sizes.accumulate * model.num_heads * sizes.tokens // sizes.tensor_parallel + mask
-    # Softmax for its own backward; what multiplies the values is another tensor where dropout lies between. BERT's mask of padding.
+    # Softmax for its own backward; what multiplies the values is another tensor where dropout lies between.
     copies = 2 if model.attention_dropout > 0 else 1
-    return whole + split + copies * sizes.scores * sizes.element + (sizes.tokens if is_encoder(model) else 0)
+    return whole + split + copies * sizes.scores * sizes.element
 
 
 def _embedding(model: Model, sizes: _Sizes) -> int:
