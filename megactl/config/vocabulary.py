@@ -38,9 +38,11 @@ def find_vocabulary(run: Run) -> Vocabulary:
 
 def _find(run: Run) -> Vocabulary:
     architecture = run.model.architecture
+    # First, so that a wrong --tokenizer is named even where the record beside the data cannot be read.
+    named = _of_tokenizer(run.data.tokenizer, architecture) if run.data.tokenizer is not None else None
     data = _on_disk(run.data.data, architecture) if run.data.data is not None else None
-    if run.data.tokenizer is not None:
-        size, eod = _of_tokenizer(run.data.tokenizer, architecture)
+    if named is not None:
+        size, eod = named
         return Vocabulary(size, eod, f"--tokenizer {run.data.tokenizer}", data=data)
     if data is None:
         return Vocabulary()
