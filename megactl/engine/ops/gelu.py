@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megactl.engine.ops.library import use_compiled
+from megactl.engine.ops.library import looks, use_compiled
 from megactl.engine.ops.reference import gelu as reference
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +46,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, approximate: str =
     tanh = _is_tanh(approximate)
     _check(x, bias)
     if grad.shape != x.shape or grad.dtype != x.dtype or grad.device != x.device:
-        raise ValueError(f"grad is {_looks(grad)}, x is {_looks(x)}: grad must have the shape, dtype and device of x")
+        raise ValueError(f"grad is {looks(grad)}, x is {looks(x)}: grad must have the shape, dtype and device of x")
     arguments = (grad.contiguous(), x.contiguous(), bias.contiguous(), tanh)
     return torch.ops.megactl.bias_gelu_backward(*arguments) if use_compiled() else reference.bias_gelu_backward(*arguments)
 
@@ -59,13 +59,9 @@ def _is_tanh(approximate: str) -> bool:
 
 def _check(x: Tensor, bias: Tensor) -> None:
     if x.dtype not in FLOATS or x.dim() == 0:
-        raise ValueError(f"x is {_looks(x)}: must be a floating-point tensor [..., f]")
+        raise ValueError(f"x is {looks(x)}: must be a floating-point tensor [..., f]")
     if bias.shape != x.shape[-1:] or bias.dtype != x.dtype or bias.device != x.device:
-        raise ValueError(f"bias is {_looks(bias)}, x is {_looks(x)}: bias must be [f] for x [..., f], of one dtype and device")
-
-
-def _looks(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"bias is {looks(bias)}, x is {looks(x)}: bias must be [f] for x [..., f], of one dtype and device")
 
 
 def register() -> None:

@@ -58,6 +58,12 @@ def describe() -> str:
     return f"compiled (torch {info.torch}, Python {info.python}, {device}, source {info.source_hash})"
 
 
+def looks(tensor: torch.Tensor) -> str:
+    """A tensor as messages name it: dtype, shape, device."""
+    contiguous = "" if tensor.is_contiguous() else " (not contiguous)"
+    return f"{tensor.dtype} {list(tensor.shape)}{contiguous} on {tensor.device}"
+
+
 @functools.cache
 def load() -> str | None:
     """Load and register the compiled operators once. Returns None, or why they are missing. Raises BuildError where they do not fit."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megactl.engine.ops.library import use_compiled
+from megactl.engine.ops.library import looks, use_compiled
 from megactl.engine.ops.reference import norm as reference
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -116,30 +116,26 @@ def _check(x: Tensor, epsilon: float, weight: Tensor, bias: Tensor | None = None
     """Written for the case that all is well: this runs in every layer of every step."""
     shape, dtype, device, weight_dtype = x.shape, x.dtype, x.device, weight.dtype
     if dtype not in FLOATS or not shape or shape[-1] < 1:
-        raise ValueError(f"x is {_looks(x)}: must be a floating-point tensor [..., columns] with at least one column")
+        raise ValueError(f"x is {looks(x)}: must be a floating-point tensor [..., columns] with at least one column")
     if not epsilon >= 0.0:
         raise ValueError(f"epsilon = {epsilon}: must not be negative")
     fits = weight.shape == shape[-1:] and weight.device == device and (weight_dtype == dtype or weight_dtype == torch.float32)
     if not fits or (bias is not None and (bias.shape != weight.shape or bias.device != device or bias.dtype != weight_dtype)):
-        looks = f"weight is {_looks(weight)}{'' if bias is None else f', bias is {_looks(bias)}'}"
-        raise ValueError(f"{looks}, x is {_looks(x)}: must be [columns] on x's device, in x's dtype or float32, of one dtype")
+        found = f"weight is {looks(weight)}{'' if bias is None else f', bias is {looks(bias)}'}"
+        raise ValueError(f"{found}, x is {looks(x)}: must be [columns] on x's device, in x's dtype or float32, of one dtype")
 
 
 def _check_twins(x: Tensor, **twins: Tensor | None) -> None:
     for name, tensor in twins.items():
         if tensor is not None and (tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.device != x.device):
-            raise ValueError(f"{name} is {_looks(tensor)}, x is {_looks(x)}: must have the shape, dtype and device of x")
+            raise ValueError(f"{name} is {looks(tensor)}, x is {looks(x)}: must have the shape, dtype and device of x")
 
 
 def _check_statistics(x: Tensor, **statistics: Tensor) -> None:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, tensor in statistics.items():
         if tensor.shape != x.shape[:-1] or tensor.dtype != dtype or tensor.device != x.device:
-            raise ValueError(f"{name} is {_looks(tensor)}, x is {_looks(x)}: must be {dtype} of x's shape without its last dimension")
-
-
-def _looks(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} is {looks(tensor)}, x is {looks(x)}: must be {dtype} of x's shape without its last dimension")
 
 
 def register() -> None:

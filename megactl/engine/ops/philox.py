@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megactl.engine.ops.library import use_compiled
+from megactl.engine.ops.library import looks, use_compiled
 from megactl.engine.ops.reference import random as reference
 from megactl.errors import ConfigError, Problem
 
@@ -113,13 +113,8 @@ def _seed(seed: int) -> int:
 def _require(holds: bool, rule: str, **found: object) -> None:
     """Raise ValueError with what was found and the rule. The message is put together only then: this runs in every step."""
     if not holds:
-        looks = [f"{name} is {_looks(value) if isinstance(value, Tensor) else value}" for name, value in found.items()]
-        raise ValueError(f"{', '.join(looks)}: {rule}")
-
-
-def _looks(tensor: Tensor) -> str:
-    contiguous = "" if tensor.is_contiguous() else " (not contiguous)"
-    return f"{tensor.dtype} {list(tensor.shape)}{contiguous} on {tensor.device}"
+        seen = [f"{name} is {looks(value) if isinstance(value, Tensor) else value}" for name, value in found.items()]
+        raise ValueError(f"{', '.join(seen)}: {rule}")
 
 
 def register() -> None:

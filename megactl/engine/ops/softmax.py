@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megactl.engine.ops.library import use_compiled
+from megactl.engine.ops.library import looks, use_compiled
 from megactl.engine.ops.reference import softmax as reference
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +36,7 @@ def masked_softmax_backward(grad: Tensor, y: Tensor, *, scale: float, mask: Tens
     """
     _check(y, scale, "y")
     if grad.shape != y.shape or grad.dtype != y.dtype or grad.device != y.device:
-        raise ValueError(f"grad is {_looks(grad)}, y is {_looks(y)}: grad must have the shape, dtype and device of y")
+        raise ValueError(f"grad is {looks(grad)}, y is {looks(y)}: grad must have the shape, dtype and device of y")
     arguments = (grad.contiguous(), y.contiguous(), _as_rows(mask, y), float(scale), causal)
     function = torch.ops.megactl.masked_softmax_backward if use_compiled() else reference.masked_softmax_backward
     return function(*arguments)
@@ -49,7 +49,7 @@ def _as_rows(mask: Tensor | None, scores: Tensor) -> Tensor | None:
     sizes = (*(1,) * (scores.dim() - mask.dim()), *mask.shape)
     fits = len(sizes) == 4 and all(one in (1, size) for one, size in zip(sizes, scores.shape, strict=True))
     if not fits or mask.dtype != torch.bool or mask.device != scores.device:
-        raise ValueError(f"mask is {_looks(mask)}, scores are {_looks(scores)}: mask must be bool, on one device, and broadcast to scores")
+        raise ValueError(f"mask is {looks(mask)}, scores are {looks(scores)}: mask must be bool, on one device, and broadcast to scores")
     mask = mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape))
     # An expanded dimension is one row repeated; the operators repeat it themselves.
     for dim in range(3):
@@ -60,13 +60,9 @@ def _as_rows(mask: Tensor | None, scores: Tensor) -> Tensor | None:
 
 def _check(scores: Tensor, scale: float, name: str) -> None:
     if scores.dim() != 4 or scores.dtype not in FLOATS:
-        raise ValueError(f"{name} is {_looks(scores)}: must be a floating-point tensor [batch, heads, queries, keys]")
+        raise ValueError(f"{name} is {looks(scores)}: must be a floating-point tensor [batch, heads, queries, keys]")
     if not math.isfinite(scale):
         raise ValueError(f"scale = {scale}: must be finite, for instance 1 / sqrt(head dimension)")
-
-
-def _looks(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
 def register() -> None:
