@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "kernels/cpu/conversions.h"
+#include "kernels/cpu/convert.h"
 #include "kernels/dtype.h"
 
 namespace megactl::cpu {
@@ -14,7 +14,7 @@ constexpr int64_t kChunk = 1024;
 // x[0..n) in the type of the arithmetic: x itself where it has that type, else `room`, converted.
 template <typename T>
 MEGACTL_INLINE const float* widened(int64_t n, const T* x, float* room) {
-    widen(n, x, room);
+    widen(x, n, room);
     return room;
 }
 MEGACTL_INLINE const float* widened(int64_t, const float* x, float*) { return x; }
@@ -30,7 +30,7 @@ MEGACTL_INLINE double* unrounded(double* y, double*) { return y; }
 
 template <typename T>
 MEGACTL_INLINE void rounded(int64_t n, const float* from, T* y) {
-    round(n, from, y);
+    narrow(from, n, y);
 }
 MEGACTL_INLINE void rounded(int64_t, const float*, float*) {}
 MEGACTL_INLINE void rounded(int64_t, const double*, double*) {}
