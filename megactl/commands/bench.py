@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megactl.commands.common import emit_json, say, wants_colour
+from megactl.commands.common import emit_json, say
+from megactl.commands.tables import markdown_table, show_table
 from megactl.errors import ConfigError, MegactlError, Problem
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ app = typer.Typer(help="Time the compiled operators beside torch's.", no_args_is
 _HEADER = ("operator", "direction", "size", "shape", "type", "megactl", "eager", "compile", "copy")
 _HEADER += ("GB/s", "of copy", "against torch", "verdict")
 _DEVICES, _DTYPES = ("auto", "cpu", "cuda"), ("fp32", "bf16", "fp16", "fp64")
-_WIDE = 230
 EXIT_INTERRUPTED = 130
 
 
@@ -176,25 +176,12 @@ def _time(row: Row, name: str | None) -> str:
 
 
 def _print_table(rows: Sequence[Row]) -> None:
-    """On a terminal within its width; in a file wide enough that no cell is folded."""
-    import sys
-
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*_HEADER, box=box.SIMPLE_HEAD)
-    for row in rows:
-        style = {"slower than torch": "yellow", "differs": "red", "failed": "red", "faster": "green"}.get(row.verdict)
-        table.add_row(*cells(row), style=style)
-    terminal = sys.stdout.isatty()
-    Console(width=None if terminal else _WIDE, no_color=not wants_colour(sys.stdout), highlight=False).print(table)
+    colours = {"slower than torch": "yellow", "differs": "red", "failed": "red", "faster": "green"}
+    show_table(_HEADER, [cells(row) for row in rows], styles=[colours.get(row.verdict) for row in rows])
 
 
 def markdown_page(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
     """The page for benchmarks/: the machine, the table, which of torch's ways was the fastest, what failed, what the bytes are."""
-    from tabulate import tabulate
-
     commit = environment["commit"] or {}
     dirty = " with changes" if commit.get("dirty") else ""
     clocks = ", ".join(f"{name} {value}" for name, value in (environment["clocks"] or {}).items())
@@ -205,7 +192,7 @@ def markdown_page(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
         ("torch", environment["torch"]), ("Python", environment["python"]), ("operators", environment["operators"]),
         ("commit", f"{commit['hash']}{dirty}" if commit else environment["source_hash"]),
     ]  # fmt: skip
-    table = tabulate([cells(row) for row in rows], headers=_HEADER, tablefmt="github", disable_numparse=True)
+    table = markdown_table(_HEADER, [cells(row) for row in rows])
     peers = {_name(row): row.fastest_torch for row in rows if row.fastest_torch}
     moved = {f"{row.op} {row.variant}".strip() + f", {row.direction}": row.moves for row in rows if row.moves}
     failures = [f"* {_name(row)}, {name}: {reason}" for row in rows for name, reason in row.failures.items()]
