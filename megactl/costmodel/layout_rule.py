@@ -72,24 +72,48 @@ def suggest_layout(
 
     `zero` None is ZeRO 1 where there are replicas. Raises ConfigError where nothing fits.
     """
-    fullest: SuggestedLayout | None = None
-    for tensor, pipeline, data in _candidates(model, gpus, gpus_per_node):
-        layout = Layout(
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
-            num_microbatches=pipeline,
-            tensor_parallel=tensor,
-            pipeline_parallel=pipeline,
-            data_parallel=data,
-            zero=(1 if data > 1 else 0) if zero is None else zero,
-            precision=precision,
-        )
-        found = SuggestedLayout(tensor, pipeline, data, estimate_memory(model, layout))
+    closest: SuggestedLayout | None = None
+    options = {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "precision": precision, "zero": zero}
+    for degrees in _candidates(model, gpus, gpus_per_node):
+        found = _estimated(model, degrees, **options)
         if found.needed_gib <= gpu_memory_gib:
             return found
-        if fullest is None or found.needed_gib < fullest.needed_gib:
-            fullest = found
-    raise ConfigError([_does_not_fit(fullest, gpus, gpu_memory_gib)])
+        if closest is None or found.needed_gib < closest.needed_gib:
+            closest = found
+    raise ConfigError([_does_not_fit(closest, gpus, gpu_memory_gib)])
+
+
+def check_layout(
+    model: Model,
+    model_parallel: int,
+    *,
+    seq_length: int,
+    gpus: int,
+    gpus_per_node: int,
+    micro_batch_size: int = 1,
+    precision: str = "bf16",
+    zero: int | None = None,
+) -> SuggestedLayout:
+    """What the rule makes of `model_parallel` GPUs to a replica, fitting or not. Raises ConfigError where the model does not divide."""
+    degrees = rule_of_thumb(model_parallel, gpus=gpus, gpus_per_node=gpus_per_node)
+    return _estimated(model, degrees, seq_length=seq_length, micro_batch_size=micro_batch_size, precision=precision, zero=zero)
+
+
+def _estimated(
+    model: Model, degrees: tuple[int, int, int], *, seq_length: int, micro_batch_size: int, precision: str, zero: int | None
+) -> SuggestedLayout:
+    tensor, pipeline, data = degrees
+    layout = Layout(
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        num_microbatches=pipeline,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        data_parallel=data,
+        zero=int(data > 1) if zero is None else zero,
+        precision=precision,
+    )
+    return SuggestedLayout(tensor, pipeline, data, estimate_memory(model, layout))
 
 
 def _candidates(model: Model, gpus: int, gpus_per_node: int) -> Iterator[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _DASHES = re.compile(r":?-+:?")
 _FENCE = re.compile(r"[\s>]*(`{3,}|~{3,})(.*)", re.S)
@@ -150,4 +151,4 @@ def _cells(line: str) -> tuple[Cell, ...]:
         edges = edges[1:]
     if len(edges) > 2 and pipes and not line[pipes[-1] + 1 :].strip():
         edges = edges[:-1]
-    return tuple(Cell(line[one + 1 : other].strip(), one + 1, other) for one, other in zip(edges, edges[1:], strict=False))
+    return tuple(Cell(line[one + 1 : other].strip(), one + 1, other) for one, other in pairwise(edges))

@@ -7,7 +7,7 @@ column but the text names one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -303,8 +303,3 @@ def _compute(row: _Reading, formula: Formula, line: int) -> CheckedRow:
     elif at(slow, -size.half_unit) <= high and low <= at(fast, size.half_unit):
         verdict, because = "rounding", "speed and size"
     return CheckedRow(line, row.cells(), text, new, computed, least, most, verdict, because)
-
-
-def columns_of_interest(rows: Sequence[CheckedRow | Finding]) -> list[str]:
-    """The kinds of cells that at least one of the rows has, in the order in which a table of results names them."""
-    return [kind for kind in _NAMES if any(row.cells.get(kind) for row in rows)]
