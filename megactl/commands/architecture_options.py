@@ -110,7 +110,8 @@ def with_settings(
 ) -> Callable[[Command], Command]:
     """Give a command that ends in `**settings` the options --preset and --config, and one for each flag of the settings `names`.
 
-    `settings` then holds what `read_request` takes, and the values of `texts` by their names. `help` (a paragraph a line) and `epilog` are what --help shows around the options.
+    `settings` then holds what `read_request` takes, and the values of `texts` by their names.
+    `help` (a paragraph a line) and `epilog` are what --help shows around the options.
     """
     files = {
         "preset": Annotated[str | None, typer.Option("--preset", metavar="NAME", help="A named model, such as gpt-52b")],
