@@ -316,7 +316,9 @@ def test_cross_entropy_over_vocabulary_shards(width, count):
     def run(rank):
         first = rank * width
         rows = max(0, min(width, ROWS - first))
-        losses[rank] = functional.cross_entropy_sum(columns[rank], IDS, mask, first_row=first, num_rows=rows, reduce=shards.reducer(rank))
+        losses[rank] = functional.cross_entropy_sum(
+            columns[rank], IDS, mask, first_row=first, num_rows=rows, reduce=shards.reducer(rank)
+        )
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
     for thread in threads:
