@@ -215,6 +215,8 @@ def test_a_settings_file_says_what_it_says(tmp_path, document) -> None:
         ("--ms 52000000000 --gbs 1024 --sec 127", ["--ms 52000000000: is above 100,000; --ms counts billions: use --ms 52"]),
         ("--ms nan --gbs 1.5 --sec -1 --ng 0", ["--gbs 1.5", "--ms nan", "--sec -1", "--ng 0"]),
         ("--ms inf --gbs 0 --sec 1e9 --ng 1e12 --seq -5", ["--seq-length -5", "--global", "--ms inf", "--sec 1e9", "--ng 1e12"]),
+        ("--ms 1e-12 --gbs 1024 --sec 1e-9", ["--ms 1e-12: is below", "--sec 1e-9: is below"]),
+        (f"--ms 52 --sec {'9' * 5000} --gbs {'9' * 5000}", ["--gbs 999", "--sec 999"]),
         (f"{SEED} --recompute selctive", ["--recompute selctive: must be one of none, selective, full; did you mean selective?"]),
         (f"{SEED} --factor 5", ["--factor 5: must be 4 with full recomputation, else 3"]),
         (f"{SEED} --preset gpt-52c --gpu v100 --peak -3", ["--preset gpt-52c: no such preset; did you mean gpt-52b?", "--peak -3"]),

@@ -110,13 +110,20 @@ def test_what_a_table_does_not_have_is_given_or_follows() -> None:
 
 
 def test_rows_that_cannot_be_computed_say_why_and_stay() -> None:
-    rows = ["64 | 52B | 1024 | OOM |", "64 | 52B | | 127s | 3.0", "64 | 52B | 1024 | 0s | 3.0", "64 | 52B | 1024 | 127s | fail", "64 | 52B"]
+    rows = [
+        "64 | 52B | 1024 | OOM |",
+        "64 | 52B | | 127s | 3.0",
+        "64 | 52B | 1024 | 0s | 3.0",
+        "64 | 52B | 1024 | 127s | fail",
+        "64 | 52B",
+        "1e99 | 52B | 1024 | 127s |",
+    ]
     text = table("GPUs | Size | GBS | Speed | TFlops", *rows)
     report = run(text)
     assert report.text == text and report.rows == []
     assert [item.problem for item in report.skipped] == [
         "Speed is 'OOM', not a number above 0", "GBS is empty", "Speed is '0s', not a number above 0", "TFlops is 'fail', not a number",
-        "the row ends before Speed",
+        "the row ends before Speed", "GPUs is '1e99', which no run has",
     ]  # fmt: skip
 
 
@@ -152,16 +159,16 @@ words = st.sampled_from(
     ["|", "| ", "-", ":-:", "---", "\n", "\r\n", " ", "GPUs", "Size", "Speed", "TFlops", "GBS", "PP", "DP", "TP=4", "64", "52B", "127s",
      "0", "1e300", "1e-300", "53.7", "OOM", "```", "\\|", "**", "٣", "\udcff"]
 )  # fmt: skip
-row = st.lists(st.sampled_from(["64", "52B", "1024", "127s", "53.7", "", "OOM", "1e300", "9" * 30, "0.0s", "1e-9"]), max_size=7)
+row = st.lists(st.sampled_from(["64", "52B", "1024", "127s", "53.7", "", "OOM", "1e300", "9" * 30, "0.0s", "1e-9", "5e-324"]), max_size=7)
 written = st.lists(row, max_size=5).map(
-    lambda rows: table("| GPUs | Size | GBS | Speed | TFlops |", *("| " + " | ".join(row) + " |" for row in rows))
+    lambda rows: table("| Nodes | Size | GBS | Speed | TFlops |", *("| " + " | ".join(row) + " |" for row in rows))
 )
 
 
 @given(st.one_of(st.text(), st.lists(words).map("".join), written))
 def test_any_text_survives_and_a_second_time_changes_nothing(text: str) -> None:
-    report = run(text)
-    again = run(report.text)
+    report = run(text, gpus_per_node=8)
+    again = run(report.text, gpus_per_node=8)
     assert again.text == report.text
     assert report.text.count("\n") == text.count("\n")
     if not report.rows:
