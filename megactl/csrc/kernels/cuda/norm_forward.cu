@@ -6,7 +6,8 @@ namespace megactl::cuda {
 constexpr int kBlock = 128;  // threads of a thread block, unless a row takes more
 
 // Packs of N elements that a thread holds: a warp takes up to 1024 columns (512 of double), so that it needs no barrier.
-constexpr int packs_held(int n) { return n == 8 ? 4 : 8; }
+template <int N>
+constexpr int kPacksHeld = N == 8 ? 4 : 8;
 constexpr int kMostOfRow = 512;  // threads; longer rows do not stay in registers
 
 // `in` + residual rounded to T, which goes to `sum`.
@@ -115,7 +116,7 @@ __device__ __forceinline__ auto statistics_held(const NormForward& t, RowPack<T,
 // kRow threads a row. kResidual: there may be one. Thread blocks per multiprocessor are asked for so that a thread has 85 registers: fewer spill.
 template <typename T, typename W, bool kRms, bool kResidual, int N, int kRow>
 __global__ void __launch_bounds__(kRow < kBlock ? kBlock : kRow, 768 / (kRow < kBlock ? kBlock : kRow)) forward_kernel(NormForward t) {
-    constexpr int P = packs_held(N);
+    constexpr int P = kPacksHeld<N>;
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
     for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < t.rows; row += step) {
         const int64_t start = row * t.columns;
@@ -139,14 +140,15 @@ __global__ void __launch_bounds__(kRow < kBlock ? kBlock : kRow, 768 / (kRow < k
 }
 
 // Thread blocks of forward_warp_kernel on a multiprocessor: as many as its registers allow.
-constexpr int resident_blocks(bool rms, bool residual) { return !rms ? 4 : residual ? 5 : 6; }
+template <bool kRms, bool kResidual>
+constexpr int kResident = !kRms ? 4 : kResidual ? 5 : 6;
 
 // 16-bit rows of one warp, weights of their type. Such a row is too short to hide the way to memory behind it: a warp fetches the next
 // row while it works on this one, and keeps its share of the weights in registers.
 template <typename T, bool kRms, bool kResidual>
-__global__ void __launch_bounds__(kBlock, resident_blocks(kRms, kResidual)) forward_warp_kernel(NormForward t) {
+__global__ void __launch_bounds__(kBlock, kResident<kRms, kResidual>) forward_warp_kernel(NormForward t) {
     using C = typename Compute<T>::type;
-    constexpr int N = 8, P = packs_held(N);
+    constexpr int N = 8, P = kPacksHeld<N>;
     RowPack<T, N> weight[P], bias[P], next[P], residual[P], v[P];
     const auto fetch = [&](int64_t row) {
 #pragma unroll
@@ -243,7 +245,7 @@ void with_row_threads(int64_t packs, const Launch& launch) {
 
 template <typename T, typename W, bool kRms, bool kResidual>
 int launch_forward(const NormForward& t, cudaStream_t stream) {
-    constexpr int N = 16 / sizeof(T), P = packs_held(N);
+    constexpr int N = 16 / sizeof(T), P = kPacksHeld<N>;
     const bool packs_aligned = t.columns % N == 0 && aligned(t.x) && aligned(t.residual) && aligned(t.y) && aligned(t.sum);
     const bool vectors = aligned(t.weight) && aligned(t.bias);
     const int64_t packs = t.columns / N;
@@ -262,7 +264,7 @@ int launch_forward(const NormForward& t, cudaStream_t stream) {
     }
     if constexpr (sizeof(T) == 2 && std::is_same_v<T, W>) {
         if (packs <= kWarp * P) {
-            const unsigned grid = warp_blocks(t.rows, resident_blocks(kRms, kResidual));
+            const unsigned grid = warp_blocks(t.rows, kResident<kRms, kResidual>);
             forward_warp_kernel<T, kRms, kResidual><<<grid, dim3(kWarp, kBlock / kWarp), 0, stream>>>(t);
             return cudaGetLastError();
         }
