@@ -158,11 +158,12 @@ def _load(path: Path, device: Any, precision: str | None) -> tuple[Any, Path]:
 
 def _tokenizer(folder: Path, header: Header, spec: str | None, vocab_size: int) -> Tokenizer:
     """The run's tokenizer: as named, the copy in the run directory, or the recorded path. Raises DataError unless it is the run's."""
-    from megactl.storage.tokenizer import load_tokenizer
+    from megactl.storage.tokenizer import load_recorded
+    from megactl.storage.tokenizer_copy import find_copy
 
     recorded = header.tokenizer or {}
-    copy = folder.absolute().parent.parent / "tokenizer.json"
-    if spec is None and recorded.get("spec") != "byte" and copy.is_file():
+    copy = find_copy(folder.absolute().parent.parent, recorded.get("kind"))
+    if spec is None and recorded.get("spec") != "byte" and copy is not None:
         spec = str(copy)
     elif spec is None:
         spec = recorded.get("spec")
@@ -170,7 +171,8 @@ def _tokenizer(folder: Path, header: Header, spec: str | None, vocab_size: int) 
             raise DataError(f"{folder}: no tokenizer is recorded with it", "name the one of the training data: --tokenizer byte|PATH")
         if spec != "byte" and not Path(spec).exists():
             raise DataError(f"{folder}: its tokenizer {spec} does not exist here", "say where it is now: --tokenizer PATH")
-    words = load_tokenizer(spec, eod_token=recorded.get("eod_token") if spec != "byte" else None)
+    lower_case = recorded.get("cleaning", {}).get("lower_case")
+    words = load_recorded(spec, eod_token=recorded.get("eod_token"), lower_case=lower_case)
     facts = words.describe()
     changed = "sha256" in recorded and facts["sha256"] != recorded["sha256"]
     if changed or (recorded and (spec == "byte") != (recorded.get("spec") == "byte")):

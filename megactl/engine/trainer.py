@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -159,22 +158,18 @@ class Trainer:
         )  # fmt: skip
 
     def _keep_tokenizer(self) -> dict[str, Any] | None:
-        """What a checkpoint says about the tokenizer. Its file is copied into the run directory, so that `generate` needs nothing else."""
-        from megactl.storage.tokenizer import load_tokenizer
+        """What a checkpoint says about the tokenizer. Its files are copied into the run directory: `generate` needs nothing else."""
+        from megactl.storage.tokenizer_copy import keep_tokenizer
 
         spec = self.run.data.tokenizer
         if spec is None:
             return None
         try:
-            facts = load_tokenizer(spec).describe()
+            return {"spec": spec, **keep_tokenizer(spec, self.run.data.data, self.context.run_dir)}
         except MegactlError as error:
             # Training reads tokens, not text, and may run where the tokenizer is not.
             self.say(f"warning: {error.message}: `megactl generate` will need --tokenizer")
             return {"spec": spec}
-        target = self.context.run_dir / "tokenizer.json"
-        if facts["kind"] == "tokenizer.json" and not (target.exists() and target.samefile(spec)):
-            shutil.copyfile(spec, target)
-        return {"spec": spec, **facts}
 
     # Checkpoints
 
