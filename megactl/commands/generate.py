@@ -130,7 +130,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 def _load(path: Path, device: Any, precision: str | None) -> tuple[Any, Path]:
     """((model, header, precision), checkpoint folder). A damaged checkpoint of a run directory is passed over, with a line on stderr."""
-    from megactl.engine.sampling import load_model
+    from megactl.engine.sampling import ForeignModelError, load_model
     from megactl.storage import checkpoint_folder, manifest
 
     if not path.exists():
@@ -143,6 +143,9 @@ def _load(path: Path, device: Any, precision: str | None) -> tuple[Any, Path]:
         # Loading the weights is the check: reading the optimizer's state too, as a resume must, would take several times as long.
         try:
             loaded[:] = [load_model(folder, device, precision)]
+        except ForeignModelError:
+            # Nothing is wrong with it: an older checkpoint of the run would be refused alike.
+            raise
         except CheckpointError as error:
             return [error.message]
         return []
