@@ -34,6 +34,7 @@ from megactl.engine.resilience import exit_duration_reached
 from megactl.engine.state import check_fits, pieces_to_load, pieces_to_save
 from megactl.engine.training_step import StepOutcome, TrainingStep
 from megactl.errors import CheckpointError, MegactlError, RunError
+from megactl.report.records import METRICS_FILE, read_records
 from megactl.storage import manifest
 from megactl.storage.checkpoint_folder import candidates, resolve
 
@@ -248,6 +249,8 @@ class Trainer:
         training = self.run.training
         if self.progress.iteration >= training.iterations:
             self.say(f"nothing to do: {self.progress.iteration} of {training.iterations} iterations are done")
+        if self._lacks_evaluation():
+            self._evaluate()
         stopped = False
         with self._loader(self.train_data).prefetch(self._schedule(), pin_memory=self.mesh.device.type == "cuda") as batches:
             pending: _Pending | None = None
@@ -261,7 +264,7 @@ class Trainer:
                     stopped = self._read(pending) or stopped
                     pending = None
                 if self._pauses_after(self.progress.iteration):
-                    self._pause()
+                    self._pause(stopped)
             stopped = self._read(pending) or stopped
         return self._finish(stopped)
 
@@ -334,17 +337,30 @@ class Trainer:
         return seconds
 
     def _pauses_after(self, iteration: int) -> bool:
-        training, checkpoint_ = self.run.training, self.run.checkpoint
-        return any(interval and iteration % interval == 0 for interval in (training.eval_interval, checkpoint_.save_interval))
+        return _is_due(self.run.training.eval_interval, iteration) or _is_due(self.run.checkpoint.save_interval, iteration)
 
-    def _pause(self) -> None:
-        """Evaluate and save where this iteration asks for it; their time is not a step's."""
+    def _pause(self, stopped: bool) -> None:
+        """Save and evaluate where this iteration asks for it; their time is not a step's.
+
+        Saved first: whoever asked for the stop may kill the run soon. So an evaluation also waits for the next start then.
+        """
         iteration, training = self.progress.iteration, self.run.training
-        if training.eval_interval and iteration % training.eval_interval == 0:
-            self._evaluate()
-        if self.run.checkpoint.save_interval and iteration % self.run.checkpoint.save_interval == 0:
+        if stopped or _is_due(self.run.checkpoint.save_interval, iteration):
             self.save()
+        if _is_due(training.eval_interval, iteration) and not (stopped and iteration < training.iterations):
+            self._evaluate()
         self._clock, self._last_ready = time.monotonic(), None
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the iteration that this run goes on from was to be evaluated, and a stop or a kill came first; collective."""
+        iteration = self.progress.iteration
+        if self.resumed_from is None or not _is_due(self.run.training.eval_interval, iteration):
+            return False
+        done = None
+        if self.mesh.rank == 0:
+            records = read_records(self.context.run_dir / METRICS_FILE)
+            done = any(evaluation["iteration"] == iteration for evaluation in records.evaluations)
+        return not self.group.broadcast(done)
 
     def _evaluate(self) -> None:
         # Always the same samples, so that the points of a validation curve differ by the model alone.
@@ -380,6 +396,11 @@ class Trainer:
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return self.group.gather(peak / 1e9) or []
+
+
+def _is_due(interval: int, iteration: int) -> bool:
+    """Whether something that is done every `interval` iterations (0: never) is done after this one."""
+    return interval > 0 and iteration % interval == 0
 
 
 def _quiet(message: str) -> None:
