@@ -30,7 +30,7 @@ from megactl.engine.loss_scale import SkipWatch
 from megactl.engine.mesh import build_mesh
 from megactl.engine.metrics import MetricsWriter, Step
 from megactl.engine.optimizer import learning_rate
-from megactl.engine.resilience import exit_duration_reached
+from megactl.engine.resilience import Limits, exit_duration_reached
 from megactl.engine.state import check_fits, pieces_to_load, pieces_to_save
 from megactl.engine.training_step import StepOutcome, TrainingStep
 from megactl.errors import CheckpointError, MegactlError, RunError
@@ -46,9 +46,9 @@ def run_rank(run: Run, resolved: Resolved, context: RankContext) -> int:
     device = _device(run, context)
     if context.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=connect_store(context), rank=context.rank, world_size=context.world_size, timeout=timedelta(minutes=10)
-        )
+        seconds = Limits.from_environment().collective
+        store = connect_store(context, timeout=seconds)
+        dist.init_process_group(backend, store=store, rank=context.rank, world_size=context.world_size, timeout=timedelta(seconds=seconds))
     try:
         with preferred_attention(masked=gives_masks(run)):
             code = Trainer(run, resolved, context, device).train()
@@ -101,8 +101,12 @@ class Trainer:
         self.mesh = build_mesh(run.parallel, device)
         self.group = checkpoint.ProcessGroup(self.mesh.objects) if self.mesh.world_size > 1 else checkpoint.SingleProcess()
         self._check_same_program()
+        # Between the parts of a start, so that the watch counts the silence of one part and not of all.
+        context.heartbeat.beat()
         self.train_data, self.valid_data = self._datasets()
+        context.heartbeat.beat()
         self.engine = TrainingStep(run, self.mesh)
+        context.heartbeat.beat()
         self.skips = SkipWatch(run.training)
         self.progress = Progress()
         self.resumed_from: Path | None = None

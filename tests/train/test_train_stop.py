@@ -112,6 +112,15 @@ def test_a_rank_that_hangs_is_named(train):
     assert all(gone(pid) for pid in ranks.values())
 
 
+def test_a_rank_that_is_stopped_while_it_starts_is_named(train):
+    command = train.begin("run", *ENDLESS, MEGACTL_START_TIMEOUT="4")
+    ranks = command.ranks(2)
+    os.kill(ranks[1], signal.SIGSTOP)
+    done = command.wait(40).must(1, f"error: rank 1 (pid {ranks[1]}) made no progress", "stopped by a signal (SIGSTOP)")
+    assert "before its first iteration was done (start; limit 4 s)" in done.err and "MEGACTL_START_TIMEOUT" in done.err
+    assert all(gone(pid) for pid in ranks.values())
+
+
 EVALUATED = ("--dp", "2", "--iterations", "12", "--eval-interval", "1")
 
 
