@@ -18,10 +18,10 @@ from megactl.engine.launch.context import RankContext
 from megactl.engine.launch.failures import describe, root_cause
 from megactl.engine.launch.host import ParentDeath
 from megactl.engine.launch.job import EXIT_ABORTED, EXIT_SAVED, Job
-from megactl.engine.launch.rendezvous import listen
 from megactl.engine.launch.supervisor import Child, Outcome, Supervisor
 from megactl.engine.resilience import STOP_SIGNALS, Board, HangWatch, Heartbeat, StopFlag
 from megactl.errors import RunError
+from megactl.machine.sockets import listen
 
 if TYPE_CHECKING:
     from megactl.config.start import StartInfo
