@@ -127,6 +127,8 @@ RULES = [
     (["checkpoint.load=x", "checkpoint.resume=must", "logging.run_dir=r"], 1, "--load x with --resume must: a run either starts"),
     (["checkpoint.resume=must"], 1, "without --run-dir the run directory is new"),
     (["data.data_cache=x"], 1, "generated tokens have no sample index"),
+    (["data.split=9,1"], 1, "--split 9,1 with --mock-data: generated tokens are as many as a run asks for"),
+    (["training.max_skipped_iterations=-1"], 1, "--max-skipped-iterations -1: must be at least 0; use 0 to go on skipping"),
     (["parallel.data_parallel=3"], 4, "--dp 3: needs 3 ranks, 4 were started; use --dp 4"),
     (["parallel.data_parallel=8"], 4, "--dp 8: needs 8 ranks, 4 were started; use --dp 4, or megactl slurm render"),
 ]
