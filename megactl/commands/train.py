@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megactl.commands.architecture_options import option_parameter, setting_option
 from megactl.commands.common import columns, count, emit_json, size
-from megactl.config.flags import PANELS, Flag, all_flags, given, help_text, metavar
+from megactl.config.flags import all_flags, given
 from megactl.errors import MegactlError, Problem
 
 if TYPE_CHECKING:
@@ -59,20 +60,9 @@ def _options() -> list[inspect.Parameter]:
         "as_json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout: the summary, or the plan of --dry-run")],
     }
     defaults = {"dry_run": False, "as_json": False}
-    found = [_parameter("ctx", typer.Context, inspect.Parameter.empty)]
-    found += [_parameter(name, annotation, defaults.get(name)) for name, annotation in general.items()]
-    return found + [_parameter(flag.parameter, _annotation(flag), None) for flag in all_flags()]
-
-
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _annotation(flag: Flag) -> Any:
-    setting = flag.setting
-    shown = {"help": help_text(setting), "hidden": flag.hidden, "rich_help_panel": PANELS[setting.section], "metavar": metavar(setting)}
-    # Numbers arrive as text, so that the loader words every mistake and all of them are reported together.
-    return Annotated[bool | None if setting.type is bool else str | None, typer.Option(flag.declaration, **shown)]
+    found = [option_parameter("ctx", typer.Context, inspect.Parameter.empty)]
+    found += [option_parameter(name, annotation, defaults.get(name)) for name, annotation in general.items()]
+    return found + [option_parameter(flag.parameter, setting_option(flag), None) for flag in all_flags()]
 
 
 def _dress(function: Callable[..., int]) -> Callable[..., int]:
