@@ -94,9 +94,16 @@ def _children(node: Any) -> list[tuple[str, Any]]:
 def _name(key: Any) -> str:
     if isinstance(key, str):
         return key[:400]
-    return str(key) if isinstance(key, int | float | bool) else "(" + ", ".join(map(_part, key[:4])) + ")" if isinstance(key, tuple) else "?"
+    if isinstance(key, int | float):
+        return _number(key)
+    return "(" + ", ".join(map(_part, key[:4])) + ")" if isinstance(key, tuple) else "?"
 
 
 def _part(key: Any) -> str:
     """A part of a key that is a tuple: Megatron's distributed optimizer keys its buffers by (torch.bfloat16, torch.float32)."""
-    return key[:100] if isinstance(key, str) else str(key) if isinstance(key, int | float) else getattr(key, "name", "?")
+    return key[:100] if isinstance(key, str) else _number(key) if isinstance(key, int | float) else getattr(key, "name", "?")
+
+
+def _number(key: int | float) -> str:
+    # Python refuses to print a whole number of thousands of digits, and so it should.
+    return str(key) if isinstance(key, float) or key.bit_length() <= 64 else "?"

@@ -19,13 +19,22 @@ _ELEMENTS = 1 << 62
 _SHOWN = 120
 
 # Classes and functions of the standard library that checkpoints hold: values, no behaviour.
-_PLAIN = frozenset(
-    """argparse.Namespace types.SimpleNamespace collections.deque collections.Counter collections.namedtuple _codecs.encode
-    copyreg._reconstructor copy_reg._reconstructor copyreg.__newobj__ functools.partial uuid.UUID decimal.Decimal fractions.Fraction
-    datetime.datetime datetime.date datetime.time datetime.timedelta datetime.timezone random.Random
-    pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath pathlib.PureWindowsPath pathlib.Path
-    pathlib._local.PosixPath pathlib._local.PurePosixPath pathlib._local.WindowsPath pathlib._local.Path""".split()
-)  # fmt: skip
+_PLAIN: dict[str, tuple[str, ...]] = {
+    "argparse": ("Namespace",),
+    "types": ("SimpleNamespace",),
+    "collections": ("deque", "Counter"),
+    "_codecs": ("encode",),
+    "copyreg": ("_reconstructor", "__newobj__"),
+    "copy_reg": ("_reconstructor",),
+    "functools": ("partial",),
+    "uuid": ("UUID",),
+    "decimal": ("Decimal",),
+    "fractions": ("Fraction",),
+    "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
+    "random": ("Random",),
+    "pathlib": ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path"),
+    "pathlib._local": ("PosixPath", "PurePosixPath", "WindowsPath", "Path"),
+}
 _BUILTINS = ("object", "set", "frozenset", "list", "tuple", "dict", "bytes", "bytearray", "int", "long", "float", "complex", "str",
              "unicode", "bool", "slice", "range", "NoneType", "Ellipsis")  # fmt: skip
 _BUILTIN_MODULES = ("builtins", "__builtin__")
@@ -130,7 +139,7 @@ class Names:
         if not isinstance(state, tuple) or len(state) not in (4, 5):
             raise ValueError("an array's state that is not numpy's")
         shape, dtype, _, data = state[-4:]
-        array.shape = _sizes(shape)
+        array.shape = sizes_of(shape)
         array.dtype = _numpy_dtype(dtype)
         if isinstance(data, list):
             array.parts.append(data)
@@ -150,7 +159,7 @@ def _looks_like_a_class(name: str) -> bool:
 
 
 def _known(name: Global) -> bool:
-    if (name.module, name.name) in _MEANINGS or str(name) in _PLAIN or str(name) in _TORCH_FUNCTIONS:
+    if (name.module, name.name) in _MEANINGS or name.name in _PLAIN.get(name.module, ()) or str(name) in _TORCH_FUNCTIONS:
         return True
     if name.module in _BUILTIN_MODULES:
         return name.name in _BUILTINS
@@ -180,7 +189,7 @@ def _whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < _ELEMENTS
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
+def sizes_of(value: Any) -> tuple[int, ...]:
     """A shape or stride: a short tuple of whole numbers, bare or as torch.Size."""
     if isinstance(value, Object) and isinstance(value.made_by, Global) and str(value.made_by) == "torch.Size":
         value = value.arguments[0] if value.arguments else ()
@@ -204,7 +213,7 @@ def _numpy_dtype(value: Any) -> str:
 def _view(storage: Any, dtype: str | None, offset: Any, shape: Any, stride: Any) -> TensorRef:
     if not isinstance(storage, StorageRef) or not _whole(offset):
         raise ValueError("a tensor without a storage or an offset")
-    sizes, steps = _sizes(shape), _sizes(stride)
+    sizes, steps = sizes_of(shape), sizes_of(stride)
     if len(sizes) != len(steps):
         raise ValueError(f"a tensor with {len(sizes)} dimensions and {len(steps)} strides")
     kind = storage.dtype if dtype is None else dtype
@@ -234,7 +243,7 @@ def _meta(names: Names, arguments: tuple[Any, ...]) -> TensorRef:
     """torch._utils._rebuild_meta_tensor_no_storage(dtype, size, stride, ...): a shape without data."""
     dtype, shape, stride = arguments[:3]
     kind = _torch_dtype(dtype)
-    return TensorRef(None, kind, TORCH[kind], 0, _sizes(shape), _sizes(stride))
+    return TensorRef(None, kind, TORCH[kind], 0, sizes_of(shape), sizes_of(stride))
 
 
 def _from_type(names: Names, arguments: tuple[Any, ...]) -> Any:

@@ -1,9 +1,9 @@
 """Reads a pickle without obeying it: every opcode of protocols 0 to 5 is carried out on inert values, nothing is imported or called.
 
 Python's own unpickler runs what a file says; this one keeps the names of what it would have run. What a known name stands for
-(a tensor, an OrderedDict) is decided in names.py; the rest stays an `Object` that says who would have made it. The opcodes are those of
-Python's pickletools (PEP 3154, PEP 574). Cost is bounded: each opcode takes constant time apart from the bytes it carries, and `Limits` bounds
-how many there are.
+(a tensor, an OrderedDict) is decided in names.py; the rest stays an `Object` that says who would have made it. The opcodes are
+those of Python's pickletools (PEP 3154, PEP 574). Cost is bounded: an opcode takes constant time apart from the bytes it carries, and
+`Limits` bounds how many there are.
 """
 
 from __future__ import annotations

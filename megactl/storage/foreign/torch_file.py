@@ -48,7 +48,8 @@ def _read_zip(file: OpenFile, limits: Limits) -> Contents:
     archive = ZipArchive(file)
     pickles = [name for name in archive.records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise CheckpointError(f"{file.path}: a zip archive with {len(pickles)} data.pkl, torch.save writes one", "give a file of torch.save")
+        rule = f"a zip archive with {len(pickles)} data.pkl, torch.save writes one"
+        raise CheckpointError(f"{file.path}: {rule}", "give a file of torch.save")
     prefix = pickles[0].removesuffix("data.pkl")
     names = Names(str(file.path), limits.opcodes)
     data = archive.read(archive.records[pickles[0]], limits.nbytes)
@@ -91,7 +92,7 @@ def _parse_pickles(file: OpenFile, data: bytes, names: Names, limits: Limits) ->
         return _finish(Contents("pickle", file.size, tree=tree), tree, names, file, {}, file.size - at)
     version, at = Machine(data, where, names, limits, at).run()
     if type(version) is not int or version != _LEGACY_VERSION:
-        raise CheckpointError(f"{where}: is in version {str(version)[:20]} of torch's old format, known is {_LEGACY_VERSION}", _AGAIN)
+        raise CheckpointError(f"{where}: is not in version {_LEGACY_VERSION} of torch's old format, the only one there is", _AGAIN)
     _, at = Machine(data, where, names, limits, at).run()
     tree, at = Machine(data, where, names, limits, at).run()
     keys, at = Machine(data, where, names, limits, at).run()
