@@ -1,6 +1,6 @@
 """Options that name an architecture, for commands that compute with one and train nothing: --preset, --config, and flags of the schema.
 
-    @with_settings(*ARCHITECTURE, "parallel.tensor_parallel")
+    @with_settings(*ARCHITECTURE, "parallel.tensor_parallel", help="...", epilog="Examples: ...")
     def model_size(gpus: Annotated[...] = None, **settings: Any) -> int:
         request = read_request(settings)
         parameters = total_parameters(request.model, seq_length=request.seq_length)
@@ -13,7 +13,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -58,14 +59,29 @@ _MOST = {
     "parallel.pipeline_parallel": 10**5,
     "parallel.data_parallel": 10**7,
 }
+# The defaults of training that are none here.
+_HELP = {
+    "model.num_layers": "Transformer layers",
+    "model.hidden_size": "Width of the residual stream",
+    "model.num_heads": "Attention heads (they change neither parameters nor FLOPs)",
+    "model.vocab_size": "Tokens in the vocabulary, before padding",
+    "training.micro_batch_size": "Sequences in one forward pass of one replica",
+    "training.global_batch_size": "Sequences in one optimizer step",
+    "training.precision": "Arithmetic (fp64 is for verification)",
+}
 _HEAD_WIDTH = 64
 _ASSUMED = "assumed"
 
 
-def setting_option(flag: Flag) -> Any:
+def setting_option(flag: Flag, help: str | None = None) -> Any:
     """The Typer annotation of one flag of the schema. Numbers arrive as text: so all mistakes are worded alike and reported together."""
     setting = flag.setting
-    shown = {"help": help_text(setting), "hidden": flag.hidden, "rich_help_panel": PANELS[setting.section], "metavar": metavar(setting)}
+    shown = {
+        "help": help or help_text(setting),
+        "hidden": flag.hidden,
+        "rich_help_panel": PANELS[setting.section],
+        "metavar": metavar(setting),
+    }
     return Annotated[bool | None if setting.type is bool else str | None, typer.Option(flag.declaration, **shown)]
 
 
@@ -74,24 +90,43 @@ def option_parameter(name: str, annotation: Any, default: Any) -> inspect.Parame
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def with_settings(*names: str, epilog: str | None = None) -> Callable[[Command], Command]:
+@dataclass(frozen=True)
+class TextOption:
+    """An option of a command's own whose value the command reads itself; `flags[0]` is how messages name it."""
+
+    flags: tuple[str, ...]
+    metavar: str
+    help: str
+    panel: str
+
+    @property
+    def annotation(self) -> Any:
+        """What Typer reads."""
+        return Annotated[str | None, typer.Option(*self.flags, metavar=self.metavar, help=self.help, rich_help_panel=self.panel)]
+
+
+def with_settings(
+    *names: str, help: str, epilog: str, texts: Mapping[str, TextOption] = MappingProxyType({})
+) -> Callable[[Command], Command]:
     """Give a command that ends in `**settings` the options --preset and --config, and one for each flag of the settings `names`.
 
-    `settings` then holds what `read_request` takes. `epilog` is shown below the help.
+    `settings` then holds what `read_request` takes, and the values of `texts` by their names. `help` (a paragraph a line) and `epilog` are what --help shows around the options.
     """
     files = {
-        "preset": Annotated[str | None, typer.Option("--preset", metavar="NAME", help="A named model, such as gpt-52b.")],
+        "preset": Annotated[str | None, typer.Option("--preset", metavar="NAME", help="A named model, such as gpt-52b")],
         "config": Annotated[str | None, typer.Option("--config", metavar="FILE.toml", help="The model of a run's settings.")],
     }
 
     def dress(function: Command) -> Command:
-        own = [item for item in inspect.signature(function).parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
-        more = [option_parameter(name, annotation, None) for name, annotation in files.items()]
-        more += [option_parameter(flag.parameter, setting_option(flag), None) for flag in all_flags() if flag.setting.name in names]
-        parameters = [*(item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own), *more]
-        annotations = {name: value for name, value in function.__annotations__.items() if name in {*(item.name for item in own), "return"}}
-        function.__annotations__ = {**annotations, **{item.name: item.annotation for item in more}}
-        vars(function).update(__signature__=inspect.Signature(parameters), command_options={"epilog": epilog} if epilog else {})
+        hints = get_type_hints(function, include_extras=True)
+        plain = inspect.signature(function).parameters.values()
+        own = [option_parameter(item.name, hints[item.name], item.default) for item in plain if item.kind is not item.VAR_KEYWORD]
+        more = [option_parameter(name, text.annotation, None) for name, text in texts.items()]
+        more += [option_parameter(name, annotation, None) for name, annotation in files.items()]
+        chosen = [flag for flag in all_flags() if flag.setting.name in names]
+        more += [option_parameter(flag.parameter, setting_option(flag, _HELP.get(flag.setting.name)), None) for flag in chosen]
+        function.__annotations__ = {**{item.name: item.annotation for item in (*own, *more)}, "return": hints.get("return")}
+        vars(function).update(__signature__=inspect.Signature([*own, *more]), command_options={"help": help, "epilog": epilog})
         return function
 
     return dress
@@ -185,6 +220,9 @@ def _broken_rules(request: Request) -> list[Problem]:
     from megactl.config.checks import machine_independent
     from megactl.config.settings import replace
 
-    # Where the tokens come from is no question here.
+    # Where the tokens come from is no question here, and without a model none that its widths divide.
     run = replace(request.run, {"data.data": None, "data.mock_data": True, "data.data_cache": None})
+    if not request.named:
+        tp, pp = run.parallel.tensor_parallel, run.parallel.pipeline_parallel
+        run = replace(run, {"model.num_layers": max(1, pp), "model.hidden_size": max(1, tp), "model.num_heads": max(1, tp)})
     return machine_independent(run, request.origins)

@@ -49,6 +49,27 @@ def precision_sizes(precision: str) -> Precision:
 
 
 @dataclass(frozen=True)
+class ModelState:
+    """Bytes that `parameters` take from one iteration to the next, activations apart."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def model_state(parameters: int, precision: str, *, zero: int = 0, data_parallel: int = 1) -> ModelState:
+    """Bytes on a rank that holds `parameters` of a stage; ZeRO 1 leaves it a share of the optimizer. Raises ConfigError for `precision`."""
+    state = precision_sizes(precision).state
+    shares = data_parallel if zero else 1
+    return ModelState(parameters * state.weight, parameters * state.gradient, -(-parameters * state.optimizer // shares))
+
+
+@dataclass(frozen=True)
 class Layout:
     """What decides the memory of a rank besides the model. Sequences and micro-batches are those of one replica."""
 
@@ -125,9 +146,10 @@ def estimate_stage(model: Model, layout: Layout, stage: int) -> MemoryEstimate:
     problems = layout.problems()
     if problems:
         raise ConfigError(problems)
-    state, pp = precision_sizes(layout.precision).state, layout.pipeline_parallel
+    pp = layout.pipeline_parallel
     parts = stage_parts(model, tp=layout.tensor_parallel, num_stages=pp, stage=stage, seq_length=layout.seq_length)
     parameters = sum(parts.values())
+    state = model_state(parameters, layout.precision, zero=layout.zero, data_parallel=layout.data_parallel)
     live = max_live_microbatches(layout.schedule, stage=stage, num_ranks=pp, num_microbatches=layout.num_microbatches)
     layers, last = len(split_layers(model.num_layers, pp)[stage]), stage == pp - 1
     sizes = _Sizes.of(model, layout)
@@ -136,9 +158,9 @@ def estimate_stage(model: Model, layout: Layout, stage: int) -> MemoryEstimate:
         stage=stage,
         parameters=parameters,
         live_microbatches=live,
-        weights=parameters * state.weight,
-        gradients=parameters * state.gradient,
-        optimizer=-(-parameters * state.optimizer // (layout.data_parallel if layout.zero else 1)),
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
         activations=live * kept,
         logits=_logits(sizes, live) if last else 0,
         transient=_layer_transient(sizes),

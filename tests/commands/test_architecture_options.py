@@ -18,7 +18,7 @@ def read(line: str, *, needs_model: bool = True) -> Request:
     """What a command with these options makes of `line`."""
     found: list[Request] = []
 
-    @with_settings(*ARCHITECTURE, "parallel.tensor_parallel")
+    @with_settings(*ARCHITECTURE, "parallel.tensor_parallel", help="A command.", epilog="Examples:")
     def command(gpus: Annotated[int | None, typer.Option("--gpus")] = None, **settings: Any) -> None:
         found.append(read_request(settings, needs_model=needs_model))
 
