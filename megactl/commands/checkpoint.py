@@ -9,6 +9,7 @@ import typer
 
 from megactl.commands.architecture_options import ARCHITECTURE, Request, read_request, with_settings
 from megactl.commands.common import emit_json, say
+from megactl.config.flags import all_flags
 from megactl.errors import CheckpointError, ConfigError, MegactlError, Problem
 
 if TYPE_CHECKING:
@@ -20,14 +21,33 @@ app = typer.Typer(help="Look into checkpoints of megactl and of other systems, w
 _LAYOUT = ("parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.data_parallel", "parallel.zero", "training.precision")
 _FAILED = 1
 
+_HELP = "\n\n".join(
+    (
+        "Size of a checkpoint by part, file and parameter; its layout; what is missing, damaged or out of proportion.",
+        "Reads checkpoints of megactl, Megatron-LM (torch, torch_dist), DeepSpeed (ZeRO 0 to 3, bf16, universal), PyTorch DCP, Hugging "
+        "Face, and single .pt, .bin and .safetensors files. Nothing is unpickled: no code of a file can run, and torch is not needed.",
+        "Sizes are printed in powers of 1000 and of 1024. Exit code 1: something is damaged, missing or unsafe.",
+        "--predict takes an architecture. Alone it says how large the checkpoint will be; with PATH the two are compared.",
+    )
+)
+
+_EPILOG = """Examples:
+
+megactl checkpoint inspect runs/gpt-345m-20261121-101112
+
+megactl checkpoint inspect /ckpt/gpt3/iter_0001000 --per-file
+
+megactl checkpoint inspect global_step500/ model.safetensors --json | jq '.checkpoints[].parts'
+
+megactl checkpoint inspect --predict --preset gpt-181b --tp 4 --pp 64 --precision fp16"""
+
 
 @app.callback()
 def checkpoint() -> None:
     """Look into checkpoints of megactl and of other systems, without loading them."""
 
 
-@app.command("inspect")
-@with_settings(*ARCHITECTURE, *_LAYOUT)
+@with_settings(*ARCHITECTURE, *_LAYOUT, help=_HELP, epilog=_EPILOG)
 def inspect_(
     paths: Annotated[
         list[Path] | None, typer.Argument(metavar="PATH...", help="Checkpoint folders, the folders above them, or single files.")
@@ -43,22 +63,7 @@ def inspect_(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     **settings: Any,
 ) -> int:
-    """Size of a checkpoint by part, file and parameter; its layout; what is missing, damaged or out of proportion.
-
-    Reads checkpoints of megactl, Megatron-LM (torch, torch_dist), DeepSpeed (ZeRO 0 to 3, bf16, universal), PyTorch DCP, Hugging Face, and
-    single .pt, .bin and .safetensors files. Nothing is unpickled: no code of a file can run, and torch is not needed. Sizes are printed in
-    powers of 1000 and of 1024. Exit code 1: something is damaged, missing or unsafe.
-
-    Examples:
-
-      megactl checkpoint inspect runs/gpt-345m-20261121-101112
-
-      megactl checkpoint inspect /ckpt/gpt3/iter_0001000 --per-file
-
-      megactl checkpoint inspect global_step500/ model.safetensors --json | jq '.checkpoints[].parts'
-
-      megactl checkpoint inspect --predict --preset gpt-181b --tp 4 --pp 64 --precision fp16
-    """
+    """Run the command; the help text is `_HELP`. Returns the exit code: 1 where anything is damaged, missing or unsafe."""
     request = _request(paths, predict, settings)
     found, failed = _inspect_all(paths or [], pickle_limit)
     from megactl.commands import checkpoint_view as view
@@ -80,15 +85,18 @@ def inspect_(
     return _FAILED if failed or not all(inventory.good for inventory in found) else 0
 
 
+app.command("inspect", **inspect_.command_options)(inspect_)
+
+
 def _request(paths: list[Path] | None, predict: bool, settings: dict[str, Any]) -> Request | None:
     """The architecture to predict for. Architecture flags without --predict would do nothing, so they are refused."""
     if predict:
         return read_request({**settings, "precision": settings.get("precision") or "bf16"})
-    typed = sorted(name for name, value in settings.items() if value is not None)
+    flags = {"preset": "--preset", "config": "--config"} | {flag.parameter: flag.setting.flag for flag in all_flags()}
+    typed = [flags[name] for name, value in settings.items() if value is not None]
     problems = []
     if typed:
-        shown = ", ".join("--" + name.replace("_", "-") for name in typed)
-        problems.append(Problem(shown, "only --predict uses an architecture", "add --predict, or leave it out"))
+        problems.append(Problem(", ".join(typed), "only --predict uses an architecture", "add --predict, or leave it out"))
     if not paths:
         problems.append(Problem("PATH", "is not given", "give a checkpoint, or --predict with an architecture"))
     if problems:

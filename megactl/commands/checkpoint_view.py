@@ -53,7 +53,7 @@ def compare(inventory: Inventory, request: Request | None) -> Comparison | None:
         return Comparison("its own settings", reason="they cannot be understood")
 
 
-def _compared(inventory: Inventory, model: Model, seq_length: int | None, source: str) -> Comparison:
+def _compared(inventory: Inventory, model: Model, seq_length: int | None, source: str) -> Comparison | None:
     tp, pp = inventory.layout.get("tp", 1), inventory.layout.get("pp", 1)
     system = "other" if inventory.layout.get("universal") or inventory.layout.get("zero") == 3 else inventory.system
     try:
@@ -62,7 +62,7 @@ def _compared(inventory: Inventory, model: Model, seq_length: int | None, source
         return Comparison(source, reason=error.message)
     elements = inventory.elements
     rows = [(part, _of(expected, part), elements[part]) for part in order(elements) if elements[part] and part not in _LAST]
-    return Comparison(source, tuple(rows))
+    return Comparison(source, tuple(rows)) if rows else None
 
 
 def _of(expected: Elements, part: str) -> int:
@@ -127,7 +127,7 @@ def show(inventory: Inventory, comparison: Comparison | None, *, per_file: bool,
     """Print an inventory: what it is, its parts, its files, its parameters if asked for, and what was found."""
     print(printable(str(inventory.path)))
     print(f"  {inventory.title}{_facts(inventory)}")
-    print(f"  {both(inventory.size)} in {len(inventory.files)} files{_each(inventory)}")
+    print(f"  {both(inventory.size)} in {len(inventory.files)} file{'s' if len(inventory.files) != 1 else ''}{_each(inventory)}")
     _show_parts(inventory)
     (_show_files if per_file else _show_roles)(inventory)
     if per_parameter:
@@ -213,6 +213,10 @@ def _show_comparison(comparison: Comparison | None) -> None:
         return
     if comparison.reason is not None:
         print(printable(f"expected size, from {comparison.source}: not computed, {comparison.reason}"))
+        return
+    if all(expected == found for _, expected, found in comparison.rows):
+        names = ", ".join(part for part, *_ in comparison.rows)
+        print(f"{names}: as many elements as expected, {comparison.rows[0][1]:,}, from {comparison.source}")
         return
     for part, expected, found in comparison.rows:
         share = f"{100 * (found - expected) / expected:+.2f} %" if expected else "-"

@@ -70,10 +70,10 @@ class Machine:
                 raise self.damaged(f"0x{code:02x} is no pickle opcode", start)
             try:
                 action(self)
+                if self.stopped:
+                    return self.pop(), self.at
             except (IndexError, ValueError, OverflowError) as error:
                 raise self.damaged(f"opcode 0x{code:02x} cannot be carried out ({str(error)[:80] or 'nothing there'})", start) from None
-            if self.stopped:
-                return self.pop(), self.at
         raise self.limits.too_many(self.where, f"{self.limits.opcodes} opcodes")
 
     def damaged(self, problem: str, position: int) -> CheckpointError:

@@ -122,6 +122,9 @@ def _finish(contents: Contents, tree: object, names: Names, file: OpenFile, size
             contents.tensors.append(_tensor(path, leaf, contents.problems))
     contents.storages = sizes
     contents.problems += _storage_problems(names, sizes)
+    unknown = [key for key in sizes if key not in names.storages]
+    if unknown:
+        contents.warnings.append(f"{len(unknown)} storages belong to no tensor, the first is {unknown[0][:40]!r}")
     contents.problems += names.oddities
     if behind:
         contents.problems.append(f"{behind} bytes follow its end")
@@ -148,9 +151,6 @@ def _storage_problems(names: Names, sizes: dict[str, int]) -> list[str]:
         found.append(f"{len(missing)} of {len(names.storages)} storages are missing, the first is {missing[0][:40]!r}")
     wrong = [(key, storage.nbytes) for key, storage in names.storages.items() if key in sizes and sizes[key] != storage.nbytes]
     found += [f"storage {key[:40]!r} has {sizes[key]} bytes, the pickle says {nbytes}" for key, nbytes in wrong[:_NAMES_SHOWN]]
-    unknown = [key for key in sizes if key not in names.storages]
-    if unknown:
-        found.append(f"{len(unknown)} storages belong to no tensor, the first is {unknown[0][:40]!r}")
     return found
 
 

@@ -86,7 +86,7 @@ def _follow(choice: _Choice, path: Path, pointer: str) -> None:
         choice.findings.append(Finding(PROBLEM, pointer, f"cannot be read ({error.strerror})"))
         return
     name = f"iter_{int(text):07d}" if pointer == MEGATRON_POINTER and re.fullmatch(r"\d{1,12}", text, re.ASCII) else text
-    if not re.fullmatch(r"[\w.-]+", name, re.ASCII) or name in (".", "..") or not (path / name).is_dir():
+    if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII) or name in (".", "..") or not (path / name).is_dir():
         rest = f"; {choice.path.name} is shown" if choice.path != path else ""
         choice.findings.append(Finding(PROBLEM, pointer, f"points to {name[:80]!r}, which is not there{rest}"))
         return

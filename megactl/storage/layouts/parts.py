@@ -53,6 +53,8 @@ def place_key(key: str) -> Placed:
     """(part, name) of a key of a distributed checkpoint, whose path is one string: `optimizer.state.exp_avg.<name>` (Megatron-LM),
     `optimizer.state.<name>.exp_avg` (FSDP), `optimizer.distributed.<buffer>.param` (Megatron-LM's distributed optimizer)."""
     words = key.split(".")
+    if words[-1] in MOMENTS:
+        return words[-1], ".".join(word for word in words[:-1] if word not in ("state", "optimizer", "optim"))
     if not any(word.startswith("optim") or "optim" in word.split("/")[0] for word in words[:2]):
         if _RANDOM.search(words[0]) or words[0].startswith("rng"):
             return RNG, key
