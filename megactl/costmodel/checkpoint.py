@@ -71,14 +71,14 @@ def estimate_checkpoint(
 ) -> CheckpointEstimate:
     """The size of a full checkpoint. `zero` 1 divides the optimizer's share of a rank over `dp` files. Raises ConfigError."""
     state = state_bytes(precision)
-    count = total_parameters(model, seq_length=seq_length)
+    count, tied = total_parameters(model, seq_length=seq_length), not model.untie_embeddings
     weight, optimizer = state["weights"], sum(state.values()) - state["weights"]
     own = _rank_parts(model, tp=tp, pp=pp, seq_length=seq_length)
     ranks = _rank_parts(padded_as_megatron(model, tp), tp=tp, pp=pp, seq_length=seq_length)
     files = [
-        *_own_files(own, weight, optimizer, count, tp, dp, zero, not model.untie_embeddings),
+        *_own_files(own, weight, optimizer, count, tp, dp, zero, tied),
         *_megatron_files(ranks, weight, optimizer, tp, zero),
-        *_deepspeed_files(ranks, weight, optimizer, tp, dp, zero, layers=len(split_layers(model.num_layers, pp)[0])),
+        *_deepspeed_files(ranks, weight, optimizer, tp, dp, zero, layers=len(split_layers(model.num_layers, pp)[0]), tied=tied),
     ]
     return CheckpointEstimate(count, {part: size * count for part, size in state.items()}, tuple(files))
 
@@ -147,7 +147,9 @@ def _megatron_files(ranks: list[dict[str, int]], weight: int, optimizer: int, tp
     return [model, _group("megatron", "mp_rank_*/distrib_optim.pt", [optimizer * count for count in counts], tp)]
 
 
-def _deepspeed_files(ranks: list[dict[str, int]], weight: int, optimizer: int, tp: int, dp: int, zero: int, *, layers: int) -> list[Files]:
+def _deepspeed_files(
+    ranks: list[dict[str, int]], weight: int, optimizer: int, tp: int, dp: int, zero: int, *, layers: int, tied: bool
+) -> list[Files]:
     """With a pipeline one file a layer and tensor-parallel rank, and one a rank (ZeRO 1: and replica) of the optimizer's state; without
     one a file of all weights a rank."""
     share = dp if zero else 1
@@ -157,11 +159,11 @@ def _deepspeed_files(ranks: list[dict[str, int]], weight: int, optimizer: int, t
         return [_group("deepspeed", "mp_rank_*_model_states.pt", [weight * sum(ranks[0].values())], tp), optim]
     block = sum(ranks[0][part] for part in _BLOCK) // layers
     embedding = sum(ranks[0].get(part, 0) for part in _EMBEDDING)
-    # A tied head is the embedding's file; what else stands behind the last layer is small.
-    last = sum(count for part, count in ranks[-1].items() if part not in (*_BLOCK, *_EMBEDDING, *_HEAD))
+    # A tied head is the embedding's file.
+    last = sum(count for part, count in ranks[-1].items() if part not in (*_BLOCK, *_EMBEDDING, *(_HEAD if tied else ())))
     return [
         _group("deepspeed", "layer_*-model_*-model_states.pt", [weight * block] * (layers * len(ranks)), tp),
         _group("deepspeed", "layer_01-model_*-model_states.pt (embedding)", [weight * embedding], tp),
-        _group("deepspeed", "layer_*-model_*-model_states.pt (final norm)", [weight * last], tp),
+        _group("deepspeed", "layer_*-model_*-model_states.pt (behind the last layer)", [weight * last], tp),
         optim,
     ]

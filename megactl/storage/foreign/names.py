@@ -36,7 +36,7 @@ _PLAIN: dict[str, tuple[str, ...]] = {
     "pathlib._local": ("PosixPath", "PurePosixPath", "WindowsPath", "Path"),
 }
 _BUILTINS = ("object", "set", "frozenset", "list", "tuple", "dict", "bytes", "bytearray", "int", "long", "float", "complex", "str",
-             "unicode", "bool", "slice", "range", "NoneType", "Ellipsis")  # fmt: skip
+             "unicode", "bool", "slice", "range", "xrange", "NoneType", "Ellipsis")  # fmt: skip
 _BUILTIN_MODULES = ("builtins", "__builtin__")
 _NUMPY_CORES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 _RANDOM = ("__randomstate_ctor", "__generator_ctor", "__bit_generator_ctor")
@@ -278,6 +278,11 @@ def _same(names: Names, arguments: tuple[Any, ...]) -> Any:
     return arguments[0] if arguments else []
 
 
+def _bytes(names: Names, arguments: tuple[Any, ...]) -> Any:
+    """bytes(): how protocols before 3 write empty ones."""
+    return arguments[0] if arguments else b""
+
+
 def _array(names: Names, arguments: tuple[Any, ...]) -> ArrayRef:
     """numpy's _reconstruct(class, shape, type): an empty array, whose state follows."""
     return ArrayRef()
@@ -320,6 +325,7 @@ def _meanings() -> dict[tuple[str, str], Interpret]:
         table |= {(core, "_reconstruct"): _array, (core, "_frombuffer"): _array_from_buffer, (core, "scalar"): _scalar}
     for module in _BUILTIN_MODULES:
         table |= {(module, name): _same for name in ("set", "frozenset", "list", "tuple", "bytearray")}
+        table[module, "bytes"] = _bytes
         table[module, "dict"] = _ordered
     return table
 

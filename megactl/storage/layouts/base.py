@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from itertools import product
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 from typing import Protocol
 
 from megactl.storage.layouts.folder import Folder
 from megactl.storage.layouts.inventory import Inventory
+
+MOST_MISSING = 1000
 
 
 class Layout(Protocol):
@@ -29,15 +31,19 @@ def extent(ranks: Iterable[int]) -> int:
     return max(ranks, default=-1) + 1
 
 
-def absent(present: set[tuple[int, ...]], sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Coordinates of the grid of `sizes` that are not there. A grid far larger than what is there is given up: one stray name would
-    otherwise list millions."""
-    total = 1
-    for size in sizes:
-        total *= max(1, size)
-    if total > 100 * len(present) + 1000:
-        return []
-    return [point for point in product(*(range(size) for size in sizes)) if point not in present]
+def absent(present: Collection[tuple[int, ...]], sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Coordinates of the grid of `sizes` that are not there, the first thousand of them: one stray name can ask for any number."""
+    return list(islice((point for point in _points(sizes) if point not in present), MOST_MISSING))
+
+
+def _points(sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    # itertools.product would first make a list of each range.
+    if not sizes:
+        yield ()
+        return
+    for first in range(sizes[0]):
+        for others in _points(sizes[1:]):
+            yield (first, *others)
 
 
 def number_after(pattern: str, text: str) -> int | None:

@@ -14,14 +14,15 @@ Source: deepspeed/runtime/engine.py, runtime/pipe/module.py, runtime/zero/, runt
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections import Counter
+from itertools import islice, pairwise
 from typing import Any
 
 from megactl.storage.foreign import Contents, Tensor
 from megactl.storage.layouts import facts
-from megactl.storage.layouts.base import absent, extent, number_after
+from megactl.storage.layouts.base import MOST_MISSING, absent, extent, number_after
 from megactl.storage.layouts.folder import Folder, Planned, add_files, rest
-from megactl.storage.layouts.inventory import MASTER, NOTE, OTHER, PROBLEM, WARNING, WEIGHTS, Inventory, Placed
+from megactl.storage.layouts.inventory import MASTER, NOTE, OTHER, PROBLEM, WARNING, WEIGHTS, FileRow, Inventory, Placed
 from megactl.storage.layouts.parts import MASTERS, MOMENTS, place
 
 LAYER = r"(?:.*/)?layer_(\d+)-model_(\d+)-model_states\.pt"
@@ -84,7 +85,7 @@ def add_deepspeed(inventory: Inventory, folder: Folder, plan: list[Planned], oth
     add_files(inventory, folder, [*plan, *others], notes.take)
     notes.settle(plan)
     _missing_ranks(inventory, plan, notes)
-    _missing_layers(inventory, folder, plan, notes.args)
+    _missing_layers(inventory, plan, notes.args)
     if inventory.layout.get("zero") == 3 and not inventory.elements[WEIGHTS]:
         rule = "ZeRO 3 saves no 16-bit weights: they are in the fp32 shares, and zero_to_fp32.py puts them together"
         inventory.say(NOTE, "", rule)
@@ -109,14 +110,9 @@ class _Notes:
         for axis in ("dp", "mp"):
             if (world := facts.whole(top.get(f"{axis}_world_size"))) is not None:
                 self.worlds[axis] = world
-        state = facts.mapping(top.get("optimizer_state_dict"))
-        stage = facts.whole(state.get("zero_stage"))
-        stage = (
-            facts.whole(facts.mapping(facts.mapping(top.get("ds_config")).get("zero_optimization")).get("stage"))
-            if stage is None
-            else stage
-        )
-        self.zero = stage if stage is not None else self.zero
+        configured = facts.mapping(facts.mapping(top.get("ds_config")).get("zero_optimization")).get("stage")
+        for stage in (configured, facts.mapping(top.get("optimizer_state_dict")).get("zero_stage")):
+            self.zero = self.zero if facts.whole(stage) is None else facts.whole(stage)
         if (step := facts.whole(top.get("global_steps"))) is not None:
             self.steps.setdefault(step, planned.name)
 
@@ -164,29 +160,34 @@ def _missing_ranks(inventory: Inventory, plan: list[Planned], notes: _Notes) -> 
         inventory.say(WARNING, "", f"the run used ZeRO {zero}, and there is no optimizer state: it can be read, but not resumed as it was")
 
 
-def _missing_layers(inventory: Inventory, folder: Folder, plan: list[Planned], args: dict[str, Any]) -> None:
+def _missing_layers(inventory: Inventory, plan: list[Planned], args: dict[str, Any]) -> None:
     """A pipeline's layer files. Functions in the layer list have none, so a gap counts only between two transformer layers, which are
-    known by their equal sizes; with the arguments their number is known."""
-    layers = {(item.rank["layer"], item.rank["tp"]): folder.sizes[item.name] for item in plan if item.role == "layer"}
-    if not layers:
-        return
-    tp, indices = extent(rank for _, rank in layers), sorted({index for index, _ in layers})
-    lost = [f"layer_{index:02d}-model_{rank:02d}-model_states.pt" for index in indices for rank in range(tp) if (index, rank) not in layers]
-    size = {index: max(layers.get((index, rank), 0) for rank in range(tp)) for index in indices}
-    blocks = [
-        index for index in indices if any(_alike(size[index], size.get(near, 0)) for near in (index - 1, index + 1, index + 2, index - 2))
-    ]
-    for before, after in pairwise(blocks):
-        lost += [f"layer_{index:02d}-model_{rank:02d}-model_states.pt" for index in range(before + 1, after) for rank in range(tp)]
-    inventory.lacks(lost, "layers of the pipeline")
+    known by their equal weights; with Megatron-DeepSpeed's arguments the number of layers is known too."""
+    names = {item.name for item in plan if item.role == "layer"}
+    rows = [row for row in inventory.files if row.name in names]
+    present = {(row.rank["layer"], row.rank["tp"]) for row in rows}
+    tp, indices = extent(rank for _, rank in present), sorted({layer for layer, _ in present})
+    positions = {layer: position for position, layer in enumerate(indices)}
+    lost = [(indices[at], rank) for at, rank in absent({(positions[layer], rank) for layer, rank in present}, (len(indices), tp))]
+    blocks = _blocks(rows)
+    gaps = (index for before, after in pairwise(blocks) for index in range(before + 1, after) if index not in positions)
+    whole = list(islice(gaps, MOST_MISSING))
     expected = facts.whole(args.get("num_layers"))
-    if expected is not None and not lost and blocks and blocks[-1] - blocks[0] + 1 < expected:
-        found = blocks[-1] - blocks[0] + 1
+    found = blocks[-1] - blocks[0] + 1 if blocks else 0
+    if expected is not None and found == expected:
+        # Its list: embedding, a function, the layers, a function, the last norm.
+        whole += [index for index in (blocks[0] - 2, blocks[-1] + 2) if index not in positions]
+    lost += [(index, rank) for index in whole for rank in range(min(tp, MOST_MISSING))]
+    inventory.lacks([f"layer_{index:02d}-model_{rank:02d}-model_states.pt" for index, rank in lost], "layers of the pipeline")
+    if expected is not None and rows and found < expected:
         inventory.say(PROBLEM, "", f"{found} transformer layers have files, the run's arguments say {expected}")
 
 
-def _alike(one: int, other: int) -> bool:
-    return other > 0 and abs(one - other) <= 0.01 * max(one, other)
+def _blocks(rows: list[FileRow]) -> list[int]:
+    """Indices of the transformer layers: those with the weights that most layers have, where at least two have them."""
+    weights = {row.rank["layer"]: row.parts[WEIGHTS] for row in rows if row.read}
+    usual = Counter(weights.values()).most_common(1)
+    return sorted(layer for layer, nbytes in weights.items() if usual[0][1] > 1 and nbytes == usual[0][0])
 
 
 class Universal:

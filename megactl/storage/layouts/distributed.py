@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from megactl.errors import CheckpointError
 from megactl.storage.foreign import Contents
 from megactl.storage.foreign.dtypes import TORCH
 from megactl.storage.foreign.names import sizes_of
@@ -25,6 +26,7 @@ from megactl.storage.layouts.base import number_after
 from megactl.storage.layouts.folder import Folder, Planned, add_files, rest
 from megactl.storage.layouts.inventory import OTHER, OVERHEAD, PROBLEM, FileRow, Inventory
 from megactl.storage.layouts.parts import place_key
+from megactl.storage.strict_json import loads
 
 INDEX, COMMON, MARKER = ".metadata", "common.pt", "metadata.json"
 _SHARD = r"__(\d+)_(\d+)\.distcp"
@@ -73,9 +75,22 @@ class Distributed:
         _count(inventory, folder, found, {name: int(match[1]) for name, match in shards.items()})
         if INDEX not in folder.sizes:
             inventory.lacks([INDEX], "the index; it is written last, so the save was cut short")
+        if MARKER in folder.sizes:
+            _check_marker(inventory, folder)
         if megatron:
             inventory.lacks([name for name in (COMMON, MARKER) if name not in folder.sizes], "every torch_dist checkpoint has it")
         return inventory
+
+
+def _check_marker(inventory: Inventory, folder: Folder) -> None:
+    """metadata.json decides how Megatron-LM reads the rest."""
+    try:
+        document = loads((folder.text(MARKER) or "").encode("utf-8", "replace"), MARKER)
+    except CheckpointError as error:
+        inventory.say(PROBLEM, MARKER, error.message.removeprefix(f"{MARKER}: "))
+        return
+    if not isinstance(document, dict) or not isinstance(document.get("sharded_backend"), str):
+        inventory.say(PROBLEM, MARKER, "names no sharded_backend")
 
 
 def _take_common(inventory: Inventory, contents: Contents) -> None:

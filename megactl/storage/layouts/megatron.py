@@ -46,7 +46,7 @@ class MegatronLegacy:
         notes = _Notes(inventory)
         add_files(inventory, folder, [*plan, *rest(folder, plan)], notes.take)
         notes.compare()
-        _report_missing(inventory, plan)
+        _report_missing(inventory, plan, notes)
         return inventory
 
 
@@ -95,6 +95,10 @@ class _Notes:
         if iteration is not None:
             self.iterations.setdefault(iteration, planned.name)
 
+    def lacks_optimizer(self) -> bool:
+        """Whether the optimizer's state must be in files of its own (a run may have been told not to save it)."""
+        return self.args.get("use_distributed_optimizer") is True and self.args.get("no_save_optim") is not True
+
     def compare(self) -> None:
         """Names, files and arguments must agree on iteration and layout."""
         inventory = self.inventory
@@ -118,9 +122,13 @@ class _Notes:
         inventory.architecture, inventory.unpredictable = facts.from_megatron(self.args)
 
 
-def _report_missing(inventory: Inventory, plan: list[Planned]) -> None:
+def _report_missing(inventory: Inventory, plan: list[Planned], notes: _Notes) -> None:
     """Each rank of the grid has the files that any rank has."""
     layout = inventory.layout
+    if notes.lacks_optimizer() and not any("optim" in planned.role.removeprefix("model_optim") for planned in plan):
+        inventory.lacks(["distrib_optim.pt of every rank"], "the run used the distributed optimizer and saved its state")
+    if not any(planned.role in ("model_optim_rng", "model_rng") for planned in plan):
+        inventory.lacks(["model_optim_rng.pt of every rank"], "it holds the weights")
     for role in sorted({planned.role for planned in plan}):
         axes = [axis for axis in ("tp", "pp", "ep", "dp") if any(axis in item.rank for item in plan if item.role == role)]
         present = {tuple(item.rank.get(axis, 0) for axis in axes) for item in plan if item.role == role}
