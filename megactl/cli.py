@@ -32,6 +32,7 @@ COMMANDS: dict[str, Row] = {
     "tflops": Row("megactl.commands.tflops:tflops", "TFLOP/s of a run: rule of thumb, HFU, MFU, and tables in notes."),
     "model-size": Row("megactl.commands.model_size:model_size", "Parameters and bytes of a model, by part, stage and GPU."),
     "generate": Row("megactl.commands.generate:generate", "Sample text from what was trained."),
+    "checkpoint": Row("megactl.commands.checkpoint:app", "Look into checkpoints, of megactl and of other systems."),
     "report": Row("megactl.commands.report:report", "A page with plots of a run."),
     "bench": Row("megactl.commands.bench:app", "Time the compiled operators beside torch's."),
 }
