@@ -56,11 +56,16 @@ def make_folders(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def replace_file(path: Path, data: bytes, unique: str) -> None:
-    """Give `path` the content `data` at one moment: readers see the old bytes or the new ones, also after a power cut."""
+def replace_file(path: Path, data: bytes, unique: str, *, mode: int | None = None) -> None:
+    """Give `path` the content `data` at one moment: readers see the old bytes or the new ones, also after a power cut.
+
+    `mode`: permission bits of the new file, as a script that is edited must stay executable.
+    """
     beside = path.with_name(f".{path.name}-{unique}")
     try:
         write_file(beside, data)
+        if mode is not None:
+            os.chmod(beside, mode)
         os.replace(beside, path)
     except OSError:
         beside.unlink(missing_ok=True)

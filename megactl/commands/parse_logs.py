@@ -1,0 +1,395 @@
+"""`megactl parse-logs`: a table out of the logs of training runs, their curves, and whether two runs differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megactl.commands.common import say
+from megactl.errors import ConfigError, MegactlError, Problem
+
+if TYPE_CHECKING:
+    from megactl.report.logs.records import Run, Unreadable
+    from megactl.report.logs.rows import Given, Row
+
+
+class Format(StrEnum):
+    """How the rows are written."""
+
+    table = "table"
+    markdown = "markdown"
+    csv = "csv"
+    json = "json"
+
+
+class Sort(StrEnum):
+    """Order of the rows."""
+
+    input = "input"
+    tflops = "tflops"
+    speed = "speed"
+    mtime = "mtime"
+
+
+class Failed(StrEnum):
+    """What becomes of runs without an iteration."""
+
+    show = "show"
+    hide = "hide"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, checked."""
+
+    form: str
+    columns: tuple[str, ...]
+    sort: Sort
+    hide_failed: bool
+    per_iteration: bool
+    plot: Path | None
+    experiment: str | None
+    output: Path | None
+
+
+_SCRIPTS = "Changing many scripts at once (give the scripts in place of logs)"
+
+
+def parse_logs(
+    files: Annotated[list[str] | None, typer.Argument(metavar="FILE...", help="Logs, folders of logs, or quoted patterns.")] = None,
+    format_: Annotated[Format | None, typer.Option("--format", help="How rows are written (default: table).")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    columns: Annotated[
+        str | None, typer.Option("--columns", metavar="A,B", help="Columns, or sets of them: all, layout, speed, memory, zero, save.")
+    ] = None,
+    sort: Annotated[
+        Sort, typer.Option("--sort", help="tflops: fastest first; speed: fewest seconds first; mtime: newest first.")
+    ] = Sort.input,
+    failed: Annotated[Failed, typer.Option("--failed", help="Show or hide runs that have no iteration.")] = Failed.show,
+    ng: Annotated[int | None, typer.Option("--ng", min=1, metavar="N", help="GPUs, in place of what the logs say.")] = None,
+    ms: Annotated[float | None, typer.Option("--ms", metavar="B", help="Parameters in 10^9, in place of what the logs say.")] = None,
+    seq: Annotated[
+        int | None, typer.Option("--seq", min=1, metavar="N", help="Tokens in a sequence, in place of what the logs say.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="GPU the runs were on, for MFU: v100, a100, h100 ...")] = None,
+    from_filename: Annotated[
+        bool, typer.Option("--from-filename", help="Where a log is silent, read size, mbs, pp, dp, gas and more from its name.")
+    ] = False,
+    per_iteration: Annotated[bool, typer.Option("--per-iteration", help="A row an iteration line, in every format.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw loss and speed into FILE (.png, .svg or .pdf).")] = None,
+    experiment: Annotated[
+        str | None,
+        typer.Option("--experiment", metavar="NAME", help="With --plot: the runs are of figure_13 or the like (default: by their names)."),
+    ] = None,
+    diff: Annotated[
+        tuple[str, str] | None, typer.Option("--diff", metavar="A B", help="Compare two runs; FILE#1 is the second run of a file.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the rows to FILE in place of stdout.")
+    ] = None,
+    rename_by: Annotated[
+        str | None,
+        typer.Option("--rename-by", metavar="gas", help="Put -gas-N into the names of scripts and their logs.", rich_help_panel=_SCRIPTS),
+    ] = None,
+    set_job_name: Annotated[
+        bool, typer.Option("--set-job-name", help="Set #SBATCH --job-name to the script's name.", rich_help_panel=_SCRIPTS)
+    ] = False,
+    set_time: Annotated[
+        str | None, typer.Option("--set-time", metavar="TIME", help="Set #SBATCH --time, e.g. 00:20:00.", rich_help_panel=_SCRIPTS)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would change, and change nothing.", rich_help_panel=_SCRIPTS)
+    ] = False,
+    undo_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--undo-file", metavar="FILE", help="Where to write what undoes it (default: megactl-undo-TIME.json).", rich_help_panel=_SCRIPTS
+        ),
+    ] = None,
+    undo: Annotated[
+        Path | None, typer.Option("--undo", metavar="FILE", help="Take back what this undo file records.", rich_help_panel=_SCRIPTS)
+    ] = None,
+) -> int:
+    """Make a table out of the logs of training runs: seconds an iteration, TFLOPs, layout, memory, and how each run ended.
+
+    Reads Megatron-LM, Megatron-DeepSpeed, DeepSpeed, Hugging Face Trainer and megactl logs, also .gz and .zst; one row a run.
+    What a log does not say stays empty. docs/parse-logs.md says what each column means.
+
+    Examples:
+
+      megactl parse-logs results/*.out
+
+      megactl parse-logs results --sort tflops --failed hide --format markdown
+
+      megactl parse-logs 'results/**/*.out' --from-filename --ng 64 --seq 1024 --columns layout
+
+      megactl parse-logs run.out --per-iteration --format csv --output run.csv
+
+      megactl parse-logs a.out b.out --plot curves.png
+
+      megactl parse-logs --diff a.out b.out
+
+      megactl parse-logs --set-time 00:20:00 --dry-run *.slurm
+    """
+    from megactl.commands import parse_logs_scripts as scripts
+
+    wanted = scripts.Wanted(rename_by, set_job_name, set_time, dry_run, undo_file, undo)
+    reading = {"--format": format_, "--columns": columns, "--ng": ng, "--ms": ms, "--seq": seq, "--gpu": gpu, "--plot": plot}
+    reading |= {"--diff": diff, "--output": output, "--experiment": experiment}
+    reading |= {"--per-iteration": per_iteration or None, "--from-filename": from_filename or None}
+    reading |= {"--sort": None if sort is Sort.input else sort, "--failed": None if failed is Failed.show else failed}
+    if wanted.any:
+        return scripts.change_scripts(wanted, files or [], [flag for flag, value in reading.items() if value is not None], as_json=json_)
+    problems = scripts.left_over(wanted)
+    if ms is not None and not 0 < ms < 1e9:
+        problems.append(Problem(f"--ms {ms:g}", "must be a size above 0 in billions of parameters", "give --ms 52 for 52B"))
+    if diff is not None:
+        problems += _against_diff(files, {**reading, "--diff": None})
+    request, more = _request(format_, json_, columns, sort, failed, per_iteration, plot, experiment, output, diff is not None)
+    problems += more
+    if not files and diff is None:
+        problems.append(Problem("FILE...", "is missing", "name logs, folders or patterns: megactl parse-logs results/*.out"))
+    if problems:
+        raise ConfigError(problems)
+    given = _given(ng, ms, seq, gpu, from_filename)
+    return _diff(diff, given, request) if diff is not None else _rows(files or [], given, request)
+
+
+def _against_diff(files: list[str] | None, others: dict[str, Any]) -> list[Problem]:
+    clash = [flag for flag in ("--columns", "--sort", "--failed", "--per-iteration", "--plot", "--experiment") if others[flag] is not None]
+    problems = [Problem(flag, "says nothing with --diff", "leave one of the two out") for flag in clash]
+    if files:
+        problems.append(Problem(" ".join(files[:3]), "is beside --diff A B, which takes two runs", "give just the two"))
+    if others["--format"] in (Format.csv, Format.markdown):
+        problems.append(Problem(f"--format {others['--format']}", "is not a form of --diff", "use table or json"))
+    return problems
+
+
+def _request(
+    form: Format | None,
+    as_json: bool,
+    columns: str | None,
+    sort: Sort,
+    failed: Failed,
+    per_iteration: bool,
+    plot: Path | None,
+    experiment: str | None,
+    output: Path | None,
+    diff: bool,
+) -> tuple[Request, list[Problem]]:
+    from megactl.commands.parse_logs_view import COLUMNS, ITERATION_KEYS, SETS
+
+    problems = []
+    if as_json and form not in (None, Format.json):
+        problems.append(Problem(f"--format {form}", "contradicts --json", "leave one of the two out"))
+    chosen = _columns(columns, ITERATION_KEYS if per_iteration else tuple(COLUMNS), {} if per_iteration else SETS, problems)
+    shown = Format.json if as_json else form or _form_of(output)
+    if columns is not None and shown is Format.json:
+        problems.append(Problem(f"--columns {columns}", "says nothing with JSON, which has every key", "leave it out, or use --format csv"))
+    problems += _plot_problems(plot, experiment)
+    if output is not None and plot is not None and output == plot:
+        problems.append(Problem(f"--output {output}", "is the file of --plot", "name two files"))
+    return Request(str(shown), chosen, sort, failed is Failed.hide, per_iteration, plot, experiment, output), problems
+
+
+def _form_of(output: Path | None) -> Format:
+    """The format that the ending of --output asks for."""
+    return {".csv": Format.csv, ".json": Format.json, ".md": Format.markdown}.get(output.suffix.lower() if output else "", Format.table)
+
+
+def _columns(given: str | None, known: Sequence[str], sets: dict[str, tuple[str, ...]], problems: list[Problem]) -> tuple[str, ...]:
+    from megactl.config.settings import nearest
+
+    words = [word.strip() for word in given.split(",")] if given is not None else []
+    chosen: list[str] = []
+    for word in words:
+        if word in sets:
+            chosen += sets[word]
+        elif word in known:
+            chosen.append(word)
+        else:
+            close = nearest(word, [*known, *sets])
+            instead = f"did you mean {close}?" if close else f"use some of {', '.join([*sets, *known])}"
+            problems.append(Problem(f"--columns {word}" if word else f"--columns {given!r}", "is no column", instead))
+    return tuple(dict.fromkeys(chosen))
+
+
+def _plot_problems(plot: Path | None, experiment: str | None) -> list[Problem]:
+    from megactl.config.settings import nearest
+    from megactl.report.logs.figures import ENDINGS, EXPERIMENTS
+
+    problems = []
+    if plot is not None and plot.suffix.lower() not in ENDINGS:
+        problems.append(Problem(f"--plot {plot}", "is of no kind that is drawn", f"end the name in {', '.join(ENDINGS)}"))
+    if experiment is not None and experiment not in EXPERIMENTS:
+        close = nearest(experiment, EXPERIMENTS)
+        problems.append(
+            Problem(f"--experiment {experiment}", "is not known", f"did you mean {close}?" if close else "see slurm experiments")
+        )
+    if experiment is not None and plot is None:
+        problems.append(Problem(f"--experiment {experiment}", "is a kind of plot", "add --plot FILE"))
+    return problems
+
+
+def _given(ng: int | None, ms: float | None, seq: int | None, gpu: str | None, from_filename: bool) -> Given:
+    from megactl.costmodel.hardware import find_gpu
+    from megactl.report.logs.rows import Given
+
+    if gpu is not None and find_gpu(gpu) is None:
+        say(f"--gpu {gpu}: its peak is not known, so MFU is n/a", label="warning")
+    return Given(ng=ng, ms=ms, seq=seq, gpu=gpu, from_filename=from_filename)
+
+
+def _rows(arguments: Sequence[str], given: Given, request: Request) -> int:
+    from megactl.report.logs.find import find_logs
+    from megactl.report.logs.records import read_many
+    from megactl.report.logs.rows import row_of
+
+    found = find_logs(arguments)
+    if not found.files:
+        raise ConfigError([Problem(name, why, "correct the name, or quote the pattern") for name, why in found.missing])
+    for name, why in found.missing:
+        say(f"{name}: {why}", label="error")
+    runs, unreadable = _read(read_many(found.files), found.walked)
+    rows = _sorted([row_of(run, given) for run in runs], request.sort)
+    if request.hide_failed:
+        rows = [row for row in rows if row.speed.mean is not None]
+    _warn(rows)
+    _emit(rows, request)
+    if request.plot is not None:
+        _plot(rows, request.plot, request.experiment)
+    return 1 if unreadable or found.missing else 0
+
+
+def _read(results: Iterable[Run | Unreadable], walked: set[str]) -> tuple[list[Run], int]:
+    """The runs, and how many files could not be read. A file out of a folder that is no log at all is counted, not shown."""
+    from megactl.report.logs.records import Run
+
+    runs, unreadable, others = [], 0, 0
+    for result in results:
+        if not isinstance(result, Run):
+            say(f"{result.path}: {result.reason}", label="error")
+            unreadable += 1
+        elif result.file in walked and result.system == "unknown" and not len(result.iterations) and not result.events:
+            others += 1
+        else:
+            runs.append(result)
+    if others:
+        say(
+            f"{others} {'file' if others == 1 else 'files'} of the folders given hold nothing of a training run and are left out",
+            label="note",
+        )
+    return runs, unreadable
+
+
+def _sorted(rows: list[Row], sort: Sort) -> list[Row]:
+    """Rows without the value that is sorted by come last, in the order given."""
+    if sort is Sort.mtime:
+        return sorted(rows, key=lambda row: -_mtime(row.source.file))
+    key = {Sort.tflops: "tflops_per_gpu", Sort.speed: "mean_s"}.get(sort)
+    if key is None:
+        return rows
+    sign = -1 if sort is Sort.tflops else 1
+    known = [row for row in rows if row.values[key] is not None]
+    return sorted(known, key=lambda row: sign * row.values[key]) + [row for row in rows if row.values[key] is None]
+
+
+def _mtime(file: str) -> float:
+    try:
+        return os.stat(file).st_mtime
+    except OSError:
+        return 0.0
+
+
+def _warn(rows: Sequence[Row]) -> None:
+    from megactl.commands.parse_logs_view import names_of
+
+    for row, name in zip(rows, names_of(rows), strict=True):
+        for warning in row.values["warnings"]:
+            say(f"{name}: {warning}", label="warning")
+    lacking = [row for row in rows if row.missing]
+    if lacking:
+        words = ", ".join(dict.fromkeys(name for row in lacking for name in row.missing))
+        say(f"no TFLOPs for {len(lacking)} of {len(rows)} runs, whose logs do not say: {words}", label="note")
+
+
+def _emit(rows: Sequence[Row], request: Request) -> None:
+    from megactl.commands import parse_logs_view as view
+
+    if request.per_iteration:
+        text = view.rendered_iterations(rows, request.columns, request.form)
+    else:
+        text = view.rendered_rows(rows, request.columns or view.default_columns(rows), request.form)
+        if request.form == "table" and not request.columns and (lines := view.evidence_lines(rows)):
+            text += "\n".join([*lines, ""])
+    _write(text, request.output)
+
+
+def _write(text: str, output: Path | None) -> None:
+    from megactl.storage import durable
+
+    if output is None:
+        print(text, end="", flush=True)
+        return
+    try:
+        durable.replace_file(output, text.encode("utf-8", "surrogateescape"), f"megactl-{os.getpid()}")
+    except OSError as error:
+        raise MegactlError(f"{output}: cannot be written: {error.strerror}", "choose another place with --output") from error
+    say(f"wrote {output}")
+
+
+def _plot(rows: Sequence[Row], path: Path, experiment: str | None) -> None:
+    from megactl.commands.parse_logs_view import names_of
+    from megactl.report.logs import figures
+    from megactl.report.logs.filename import experiment as experiment_in
+
+    if experiment is None:
+        carried = {experiment_in(row.source.file) for row in rows}
+        experiment = carried.pop() if len(carried) == 1 else None
+    if experiment in figures.EXPERIMENTS:
+        figures.write_experiment(rows, experiment, path)
+    else:
+        figures.write_curves(rows, names_of(rows), path)
+    say(f"wrote {path}")
+
+
+def _diff(pair: tuple[str, str], given: Given, request: Request) -> int:
+    from megactl.commands import parse_logs_view as view
+    from megactl.report.logs.compare import compare, differing
+    from megactl.report.logs.rows import row_of
+    from megactl.report.logs.speed import steady
+
+    a, b = (row_of(_one(word), given) for word in pair)
+    times = [steady(row.source.iterations.seconds, row.source.iterations.interrupted) for row in (a, b)]
+    result, arguments = compare(*times), differing(a.source.arguments, b.source.arguments)
+    if request.form == "json":
+        _write(view._json(view.comparison_document(a, b, result, arguments)), request.output)
+    else:
+        _write("\n".join([*view.comparison_text(a, b, result, arguments), ""]), request.output)
+    return 0
+
+
+def _one(word: str) -> Run:
+    """The run that FILE or FILE#N names. A file with several runs needs its #N."""
+    from megactl.report.logs.records import Run, read_many
+
+    path, mark, number = word.rpartition("#")
+    if not mark or not number.isdigit() or os.path.exists(word):
+        path, number = word, ""
+    runs = [result for result in read_many([path]) if isinstance(result, Run)]
+    problem = next((f"{result.path}: {result.reason}" for result in read_many([path]) if not isinstance(result, Run)), None)
+    if problem is not None:
+        raise MegactlError(problem, "name a readable log")
+    known = ", ".join(f"{path}#{run.run}" for run in runs)
+    if number == "" and len(runs) > 1:
+        raise MegactlError(f"{word}: holds {len(runs)} runs, and --diff compares two", f"name one of {known}")
+    run = next((run for run in runs if number in ("", str(run.run))), None)
+    if run is None:
+        raise MegactlError(f"{word}: there is no such run in it", f"name one of {known}")
+    return run

@@ -1,0 +1,207 @@
+"""How `megactl parse-logs` shows what it found: headings and number formats of a row's keys, sets of columns, tables in every format."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megactl.commands.common import columns as aligned
+from megactl.commands.common import strict
+from megactl.commands.tables import csv_table, markdown_table, show_table
+from megactl.report.logs.compare import Comparison, Difference
+from megactl.report.logs.records import VALUE_COLUMNS, Run
+from megactl.report.logs.rows import KEYS, Row
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _seconds(value: float) -> str:
+    """Four digits that count: 0.661, 1.381, 128.9."""
+    return f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
+def _one(value: float) -> str:
+    return f"{value:.1f}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A key of a row as people read it. Numbers stand on the right."""
+
+    heading: str
+    show: Callable[[Any], str] = _plain
+    right: bool = True
+
+
+COLUMNS: dict[str, Column] = {
+    "file": Column("file", right=False), "run": Column("run"), "system": Column("system", right=False),
+    "status": Column("status", right=False), "evidence": Column("evidence", right=False), "iterations": Column("lines"),
+    "mean_s": Column("s/iter", _seconds), "median_s": Column("median s", _seconds), "steady_mean_s": Column("steady s", _seconds),
+    "p95_s": Column("p95 s", _seconds), "model_b": Column("size B", lambda value: f"{value:.3g}"), "gpus": Column("GPUs"),
+    "nodes": Column("nodes"), "dp": Column("DP"), "tp": Column("TP"), "pp": Column("PP"), "vpp": Column("VPP"), "sp": Column("SP", _yes),
+    "recompute": Column("recompute", right=False), "zero": Column("ZeRO"), "bucket": Column("bucket", lambda value: f"{value:.3g}"),
+    "offload": Column("offload", right=False), "partition_activations": Column("PA", _yes), "scattered_embeddings": Column("ScatEmb", _yes),
+    "mbs": Column("MBS"), "gas": Column("GAS"), "gbs": Column("GBS"), "seq": Column("seq"), "tflops_per_gpu": Column("TFLOPs", _one),
+    "tflops_logged": Column("logged", _one), "mfu": Column("MFU", lambda value: f"{value:.1%}"),
+    "tokens_per_s": Column("tokens/s", lambda value: f"{value:.0f}"), "allocated_gib": Column("alloc GiB", _one),
+    "reserved_gib": Column("reserv GiB", _one), "host_memory_gib": Column("host GiB", _one), "save_s": Column("save s", _seconds),
+    "load_s": Column("load s", _seconds), "final_loss": Column("loss", lambda value: f"{value:.4g}"), "nan_iterations": Column("NaN"),
+    "skipped_iterations": Column("skipped"), "started_at": Column("started", right=False),
+}  # fmt: skip
+
+SETS: dict[str, tuple[str, ...]] = {
+    "all": tuple(COLUMNS),
+    "layout": ("file", "gpus", "model_b", "tp", "pp", "dp", "gas", "mbs", "gbs", "mean_s", "tflops_per_gpu"),
+    "speed": ("file", "status", "iterations", "mean_s", "median_s", "steady_mean_s", "p95_s", "tokens_per_s", "tflops_per_gpu", "mfu"),
+    "memory": ("file", "status", "allocated_gib", "reserved_gib", "host_memory_gib", "model_b", "gpus", "mbs", "recompute", "offload"),
+    "zero": ("file", "zero", "bucket", "offload", "partition_activations", "scattered_embeddings", "recompute", "mean_s", "tflops_per_gpu"),
+    "save": ("nodes", "model_b", "save_s", "load_s"),
+}  # fmt: skip
+"""Names that stand for several columns."""
+
+DEFAULT = (
+    "file", "status", "iterations", "mean_s", "steady_mean_s", "tflops_per_gpu", "tflops_logged", "mfu", "model_b", "gpus", "tp", "pp",
+    "vpp", "dp", "zero", "mbs", "gas", "gbs", "reserved_gib", "final_loss",
+)  # fmt: skip
+_ALWAYS = ("file", "status", "iterations", "mean_s", "tflops_per_gpu")
+
+
+def default_columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The columns shown where none are asked for; one that no run has a value in is left out."""
+    return tuple(key for key in DEFAULT if key in _ALWAYS or any(row.values[key] is not None for row in rows))
+
+
+def names_of(rows: Sequence[Row]) -> list[str]:
+    """A short name for each row: its path without the folder all share, and `#1` for the second run of a file and so on."""
+    counts = Counter(row.source.file for row in rows)
+    parents = [file.split("/")[:-1] for file in counts]
+    depth = next(
+        (place for place, level in enumerate(zip(*parents, strict=False)) if len(set(level)) > 1), min(map(len, parents), default=0)
+    )
+    short = {file: "/".join(file.split("/")[depth:]) for file in counts}
+    names = []
+    for row in rows:
+        several = counts[row.source.file] > 1 or row.source.run > 0
+        names.append(f"{short[row.source.file]}#{row.source.run}" if several else short[row.source.file])
+    return names
+
+
+def rendered_rows(rows: Sequence[Row], chosen: Sequence[str], form: str) -> str:
+    """The rows as text: "table", "markdown", "csv" (every digit, keys as header) or "json"."""
+    if form == "json":
+        return _json([{key: row.values[key] for key in KEYS} for row in rows])
+    if form == "csv":
+        return csv_table(chosen, [[_exactly(row.values[key]) for key in chosen] for row in rows])
+    header = [COLUMNS[key].heading for key in chosen]
+    right = [index for index, key in enumerate(chosen) if COLUMNS[key].right]
+    names = names_of(rows)
+    cells = [[name if key == "file" else _cell(key, row.values[key]) for key in chosen] for row, name in zip(rows, names, strict=True)]
+    return markdown_table(header, cells, right=right) + "\n" if form == "markdown" else _table(header, cells, right)
+
+
+def _cell(key: str, value: Any) -> str | None:
+    if key == "status" and value is None:
+        return "unknown"
+    return None if value is None else COLUMNS[key].show(value)
+
+
+def _exactly(value: Any) -> str | None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return repr(value) if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _table(header: Sequence[str], cells: Sequence[Sequence[str | None]], right: Sequence[int]) -> str:
+    text = io.StringIO()
+    show_table(header, cells, right=right, stream=text)
+    return text.getvalue()
+
+
+def _json(document: Any) -> str:
+    return json.dumps(strict(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def evidence_lines(rows: Sequence[Row]) -> list[str]:
+    """Below a table: for every run that did not simply complete, what its log says of its end."""
+    told = [(name, row) for name, row in zip(names_of(rows), rows, strict=True) if row.values["status"] != "completed"]
+    return aligned([(name, row.values["status"] or "unknown", row.values["evidence"][:160]) for name, row in told])
+
+
+ITERATION_KEYS = ("file", "run", "iteration", "line", *VALUE_COLUMNS, "loss")
+
+
+def iteration_rows(runs: Iterable[Run]) -> Iterable[tuple[Any, ...]]:
+    """A row for every iteration line, in the order of ITERATION_KEYS; NaN is None."""
+    for run in runs:
+        columns = run.iterations
+        values = [getattr(columns, name) for name in (*VALUE_COLUMNS, "loss")]
+        for index in range(len(columns)):
+            numbers = (None if math.isnan(value[index]) else value[index] for value in values)
+            yield (run.file, run.run, columns.iteration[index], columns.line[index] or None, *numbers)
+
+
+def rendered_iterations(rows: Sequence[Row], chosen: Sequence[str], form: str) -> str:
+    """A row an iteration as text, in any of the formats. Columns that no iteration has are left out where none were asked for."""
+    table = list(iteration_rows(row.source for row in rows))
+    if form == "json":
+        return _json([dict(zip(ITERATION_KEYS, row, strict=True)) for row in table])
+    kept = chosen or [key for place, key in enumerate(ITERATION_KEYS) if any(row[place] is not None for row in table)]
+    places = [ITERATION_KEYS.index(key) for key in kept]
+    if form == "csv":
+        return csv_table(kept, [[_exactly(row[place]) for place in places] for row in table])
+    cells = [[None if row[place] is None else _plain(row[place]) for place in places] for row in table]
+    right = [index for index, key in enumerate(kept) if key != "file"]
+    return markdown_table(kept, cells, right=right) + "\n" if form == "markdown" else _table(kept, cells, right)
+
+
+def comparison_document(a: Row, b: Row, result: Comparison, arguments: Sequence[Difference]) -> dict[str, Any]:
+    """`--diff` as JSON."""
+    sides = {}
+    for side, row, spread in (("a", a, result.a), ("b", b, result.b)):
+        sides[side] = {"file": row.source.file, "run": row.source.run, "tflops_per_gpu": row.values["tflops_per_gpu"], **vars(spread)}
+    figures = {name: getattr(result, name) for name in ("change", "change_low", "change_high", "p")}
+    return {"verdict": result.verdict, **figures, **sides, "arguments": [vars(item) for item in arguments]}
+
+
+def comparison_text(a: Row, b: Row, result: Comparison, arguments: Sequence[Difference]) -> list[str]:
+    """`--diff` for people."""
+    names = names_of([a, b])
+    table = [("", "steady lines", "median s", "10 % to 90 % of them", "TFLOPs")]
+    for letter, name, row, side in zip("AB", names, (a, b), (result.a, result.b), strict=True):
+        spread = f"{_seconds(side.low)} to {_seconds(side.high)} s" if side.low is not None and side.high is not None else "-"
+        tflops = _cell("tflops_per_gpu", row.values["tflops_per_gpu"]) or "-"
+        table.append((f"{letter}  {name}", str(side.iterations), _seconds(side.median) if side.median else "-", spread, tflops))
+    lines = [*aligned(table), "", _verdict(result)]
+    if arguments:
+        there = [[text if text is not None else "(not there)" for text in (item.a, item.b)] for item in arguments]
+        changed = [(item.name, a[:60], b[:60]) for item, (a, b) in zip(arguments, there, strict=True)]
+        lines += ["", f"{len(arguments)} arguments differ:", *aligned([("", "A", "B"), *changed], indent="  ")]
+    elif a.source.arguments and b.source.arguments:
+        lines += ["", "No argument differs."]
+    else:
+        lines += ["", "At least one of the two logs states no arguments, so they are not compared."]
+    return lines
+
+
+def _verdict(result: Comparison) -> str:
+    if result.change is None:
+        return "Nothing to compare: one of the two has no steady iterations."
+    by = f"B's median takes {abs(result.change):.1%} {'less' if result.change < 0 else 'more'}"
+    if result.verdict == "too few iterations":
+        return f"Too few iterations to tell: {by}, but at least 5 steady ones a side are needed."
+    interval = f"99 % interval of the means {result.change_low:+.1%} to {result.change_high:+.1%}, Mann-Whitney p = {result.p:.2g}"
+    if result.verdict == "within noise":
+        return f"Within noise: {by} ({interval}), and the spreads overlap."
+    caution = "One run a side: the same job can differ by more between allocations."
+    return f"{result.verdict}: {by} ({interval}), and the spreads are apart. {caution}"
