@@ -30,6 +30,7 @@ COMMANDS: dict[str, Row] = {
     "train": Row("megactl.commands.train:train", "Pre-train a model: one process to many nodes."),
     "data": Row("megactl.commands.data:app", "Turn text into token files, inspect them, train a tokenizer."),
     "generate": Row("megactl.commands.generate:generate", "Sample text from what was trained."),
+    "parse-logs": Row("megactl.commands.parse_logs:parse_logs", "A table, curves and comparisons out of training logs."),
     "report": Row("megactl.commands.report:report", "A page with plots of a run."),
     "bench": Row("megactl.commands.bench:app", "Time the compiled operators beside torch's."),
 }

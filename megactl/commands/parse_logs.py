@@ -4,59 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megactl.commands.common import say
+from megactl.commands.parse_logs_request import Failed, Format, Request, Sort, Typed, checked
 from megactl.errors import ConfigError, MegactlError, Problem
 
 if TYPE_CHECKING:
     from megactl.report.logs.records import Run, Unreadable
-    from megactl.report.logs.rows import Given, Row
-
-
-class Format(StrEnum):
-    """How the rows are written."""
-
-    table = "table"
-    markdown = "markdown"
-    csv = "csv"
-    json = "json"
-
-
-class Sort(StrEnum):
-    """Order of the rows."""
-
-    input = "input"
-    tflops = "tflops"
-    speed = "speed"
-    mtime = "mtime"
-
-
-class Failed(StrEnum):
-    """What becomes of runs without an iteration."""
-
-    show = "show"
-    hide = "hide"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for, checked."""
-
-    form: str
-    columns: tuple[str, ...]
-    sort: Sort
-    hide_failed: bool
-    per_iteration: bool
-    plot: Path | None
-    experiment: str | None
-    output: Path | None
-
+    from megactl.report.logs.rows import Row
 
 _SCRIPTS = "Changing many scripts at once (give the scripts in place of logs)"
 
@@ -69,9 +28,9 @@ def parse_logs(
         str | None, typer.Option("--columns", metavar="A,B", help="Columns, or sets of them: all, layout, speed, memory, zero, save.")
     ] = None,
     sort: Annotated[
-        Sort, typer.Option("--sort", help="tflops: fastest first; speed: fewest seconds first; mtime: newest first.")
-    ] = Sort.input,
-    failed: Annotated[Failed, typer.Option("--failed", help="Show or hide runs that have no iteration.")] = Failed.show,
+        Sort | None, typer.Option("--sort", help="tflops: most first; speed: fewest seconds first; mtime: newest first (default: input).")
+    ] = None,
+    failed: Annotated[Failed | None, typer.Option("--failed", help="Show or hide runs that have no iteration (default: show).")] = None,
     ng: Annotated[int | None, typer.Option("--ng", min=1, metavar="N", help="GPUs, in place of what the logs say.")] = None,
     ms: Annotated[float | None, typer.Option("--ms", metavar="B", help="Parameters in 10^9, in place of what the logs say.")] = None,
     seq: Annotated[
@@ -140,130 +99,36 @@ def parse_logs(
     from megactl.commands import parse_logs_scripts as scripts
 
     wanted = scripts.Wanted(rename_by, set_job_name, set_time, dry_run, undo_file, undo)
-    reading = {"--format": format_, "--columns": columns, "--ng": ng, "--ms": ms, "--seq": seq, "--gpu": gpu, "--plot": plot}
-    reading |= {"--diff": diff, "--output": output, "--experiment": experiment}
-    reading |= {"--per-iteration": per_iteration or None, "--from-filename": from_filename or None}
-    reading |= {"--sort": None if sort is Sort.input else sort, "--failed": None if failed is Failed.show else failed}
+    typed = Typed(
+        files=files or [], json=json_, format=format_, columns=columns, sort=sort, failed=failed, ng=ng, ms=ms, seq=seq, gpu=gpu,
+        from_filename=from_filename, per_iteration=per_iteration, plot=plot, experiment=experiment, diff=diff, output=output,
+    )  # fmt: skip
     if wanted.any:
-        return scripts.change_scripts(wanted, files or [], [flag for flag, value in reading.items() if value is not None], as_json=json_)
-    problems = scripts.left_over(wanted)
-    if ms is not None and not 0 < ms < 1e9:
-        problems.append(Problem(f"--ms {ms:g}", "must be a size above 0 in billions of parameters", "give --ms 52 for 52B"))
-    if diff is not None:
-        problems += _against_diff(files, {**reading, "--diff": None})
-    request, more = _request(format_, json_, columns, sort, failed, per_iteration, plot, experiment, output, diff is not None)
-    problems += more
-    if not files and diff is None:
-        problems.append(Problem("FILE...", "is missing", "name logs, folders or patterns: megactl parse-logs results/*.out"))
-    if problems:
-        raise ConfigError(problems)
-    given = _given(ng, ms, seq, gpu, from_filename)
-    return _diff(diff, given, request) if diff is not None else _rows(files or [], given, request)
+        return scripts.change_scripts(wanted, typed.files, typed.flags(), as_json=json_)
+    request = checked(typed, scripts.left_over(wanted))
+    if request.gpu_unknown is not None:
+        say(f"--gpu {request.gpu_unknown}: its peak is not known, so MFU is n/a", label="warning")
+    return _diff(typed, request) if typed.diff else _rows(typed, request)
 
 
-def _against_diff(files: list[str] | None, others: dict[str, Any]) -> list[Problem]:
-    clash = [flag for flag in ("--columns", "--sort", "--failed", "--per-iteration", "--plot", "--experiment") if others[flag] is not None]
-    problems = [Problem(flag, "says nothing with --diff", "leave one of the two out") for flag in clash]
-    if files:
-        problems.append(Problem(" ".join(files[:3]), "is beside --diff A B, which takes two runs", "give just the two"))
-    if others["--format"] in (Format.csv, Format.markdown):
-        problems.append(Problem(f"--format {others['--format']}", "is not a form of --diff", "use table or json"))
-    return problems
-
-
-def _request(
-    form: Format | None,
-    as_json: bool,
-    columns: str | None,
-    sort: Sort,
-    failed: Failed,
-    per_iteration: bool,
-    plot: Path | None,
-    experiment: str | None,
-    output: Path | None,
-    diff: bool,
-) -> tuple[Request, list[Problem]]:
-    from megactl.commands.parse_logs_view import COLUMNS, ITERATION_KEYS, SETS
-
-    problems = []
-    if as_json and form not in (None, Format.json):
-        problems.append(Problem(f"--format {form}", "contradicts --json", "leave one of the two out"))
-    chosen = _columns(columns, ITERATION_KEYS if per_iteration else tuple(COLUMNS), {} if per_iteration else SETS, problems)
-    shown = Format.json if as_json else form or _form_of(output)
-    if columns is not None and shown is Format.json:
-        problems.append(Problem(f"--columns {columns}", "says nothing with JSON, which has every key", "leave it out, or use --format csv"))
-    problems += _plot_problems(plot, experiment)
-    if output is not None and plot is not None and output == plot:
-        problems.append(Problem(f"--output {output}", "is the file of --plot", "name two files"))
-    return Request(str(shown), chosen, sort, failed is Failed.hide, per_iteration, plot, experiment, output), problems
-
-
-def _form_of(output: Path | None) -> Format:
-    """The format that the ending of --output asks for."""
-    return {".csv": Format.csv, ".json": Format.json, ".md": Format.markdown}.get(output.suffix.lower() if output else "", Format.table)
-
-
-def _columns(given: str | None, known: Sequence[str], sets: dict[str, tuple[str, ...]], problems: list[Problem]) -> tuple[str, ...]:
-    from megactl.config.settings import nearest
-
-    words = [word.strip() for word in given.split(",")] if given is not None else []
-    chosen: list[str] = []
-    for word in words:
-        if word in sets:
-            chosen += sets[word]
-        elif word in known:
-            chosen.append(word)
-        else:
-            close = nearest(word, [*known, *sets])
-            instead = f"did you mean {close}?" if close else f"use some of {', '.join([*sets, *known])}"
-            problems.append(Problem(f"--columns {word}" if word else f"--columns {given!r}", "is no column", instead))
-    return tuple(dict.fromkeys(chosen))
-
-
-def _plot_problems(plot: Path | None, experiment: str | None) -> list[Problem]:
-    from megactl.config.settings import nearest
-    from megactl.report.logs.figures import ENDINGS, EXPERIMENTS
-
-    problems = []
-    if plot is not None and plot.suffix.lower() not in ENDINGS:
-        problems.append(Problem(f"--plot {plot}", "is of no kind that is drawn", f"end the name in {', '.join(ENDINGS)}"))
-    if experiment is not None and experiment not in EXPERIMENTS:
-        close = nearest(experiment, EXPERIMENTS)
-        problems.append(
-            Problem(f"--experiment {experiment}", "is not known", f"did you mean {close}?" if close else "see slurm experiments")
-        )
-    if experiment is not None and plot is None:
-        problems.append(Problem(f"--experiment {experiment}", "is a kind of plot", "add --plot FILE"))
-    return problems
-
-
-def _given(ng: int | None, ms: float | None, seq: int | None, gpu: str | None, from_filename: bool) -> Given:
-    from megactl.costmodel.hardware import find_gpu
-    from megactl.report.logs.rows import Given
-
-    if gpu is not None and find_gpu(gpu) is None:
-        say(f"--gpu {gpu}: its peak is not known, so MFU is n/a", label="warning")
-    return Given(ng=ng, ms=ms, seq=seq, gpu=gpu, from_filename=from_filename)
-
-
-def _rows(arguments: Sequence[str], given: Given, request: Request) -> int:
+def _rows(typed: Typed, request: Request) -> int:
     from megactl.report.logs.find import find_logs
     from megactl.report.logs.records import read_many
     from megactl.report.logs.rows import row_of
 
-    found = find_logs(arguments)
+    found = find_logs(typed.files)
     if not found.files:
         raise ConfigError([Problem(name, why, "correct the name, or quote the pattern") for name, why in found.missing])
     for name, why in found.missing:
         say(f"{name}: {why}", label="error")
     runs, unreadable = _read(read_many(found.files), found.walked)
-    rows = _sorted([row_of(run, given) for run in runs], request.sort)
+    rows = _sorted([row_of(run, request.given) for run in runs], request.sort)
     if request.hide_failed:
         rows = [row for row in rows if row.speed.mean is not None]
     _warn(rows)
-    _emit(rows, request)
-    if request.plot is not None:
-        _plot(rows, request.plot, request.experiment)
+    _emit(rows, typed, request)
+    if typed.plot is not None:
+        _plot(rows, typed.plot, typed.experiment)
     return 1 if unreadable or found.missing else 0
 
 
@@ -319,16 +184,16 @@ def _warn(rows: Sequence[Row]) -> None:
         say(f"no TFLOPs for {len(lacking)} of {len(rows)} runs, whose logs do not say: {words}", label="note")
 
 
-def _emit(rows: Sequence[Row], request: Request) -> None:
+def _emit(rows: Sequence[Row], typed: Typed, request: Request) -> None:
     from megactl.commands import parse_logs_view as view
 
-    if request.per_iteration:
+    if typed.per_iteration:
         text = view.rendered_iterations(rows, request.columns, request.form)
     else:
         text = view.rendered_rows(rows, request.columns or view.default_columns(rows), request.form)
         if request.form == "table" and not request.columns and (lines := view.evidence_lines(rows)):
             text += "\n".join([*lines, ""])
-    _write(text, request.output)
+    _write(text, typed.output)
 
 
 def _write(text: str, output: Path | None) -> None:
@@ -359,19 +224,17 @@ def _plot(rows: Sequence[Row], path: Path, experiment: str | None) -> None:
     say(f"wrote {path}")
 
 
-def _diff(pair: tuple[str, str], given: Given, request: Request) -> int:
+def _diff(typed: Typed, request: Request) -> int:
     from megactl.commands import parse_logs_view as view
     from megactl.report.logs.compare import compare, differing
     from megactl.report.logs.rows import row_of
     from megactl.report.logs.speed import steady
 
-    a, b = (row_of(_one(word), given) for word in pair)
+    a, b = (row_of(_one(word), request.given) for word in typed.diff or ())
     times = [steady(row.source.iterations.seconds, row.source.iterations.interrupted) for row in (a, b)]
     result, arguments = compare(*times), differing(a.source.arguments, b.source.arguments)
-    if request.form == "json":
-        _write(view._json(view.comparison_document(a, b, result, arguments)), request.output)
-    else:
-        _write("\n".join([*view.comparison_text(a, b, result, arguments), ""]), request.output)
+    show = view.comparison_json if request.form is Format.json else view.comparison_text
+    _write(show(a, b, result, arguments), typed.output)
     return 0
 
 
@@ -382,10 +245,11 @@ def _one(word: str) -> Run:
     path, mark, number = word.rpartition("#")
     if not mark or not number.isdigit() or os.path.exists(word):
         path, number = word, ""
-    runs = [result for result in read_many([path]) if isinstance(result, Run)]
-    problem = next((f"{result.path}: {result.reason}" for result in read_many([path]) if not isinstance(result, Run)), None)
-    if problem is not None:
-        raise MegactlError(problem, "name a readable log")
+    runs = []
+    for result in read_many([path]):
+        if not isinstance(result, Run):
+            raise MegactlError(f"{result.path}: {result.reason}", "name a readable log")
+        runs.append(result)
     known = ", ".join(f"{path}#{run.run}" for run in runs)
     if number == "" and len(runs) > 1:
         raise MegactlError(f"{word}: holds {len(runs)} runs, and --diff compares two", f"name one of {known}")

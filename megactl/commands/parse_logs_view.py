@@ -165,16 +165,16 @@ def rendered_iterations(rows: Sequence[Row], chosen: Sequence[str], form: str) -
     return markdown_table(kept, cells, right=right) + "\n" if form == "markdown" else _table(kept, cells, right)
 
 
-def comparison_document(a: Row, b: Row, result: Comparison, arguments: Sequence[Difference]) -> dict[str, Any]:
+def comparison_json(a: Row, b: Row, result: Comparison, arguments: Sequence[Difference]) -> str:
     """`--diff` as JSON."""
     sides = {}
     for side, row, spread in (("a", a, result.a), ("b", b, result.b)):
         sides[side] = {"file": row.source.file, "run": row.source.run, "tflops_per_gpu": row.values["tflops_per_gpu"], **vars(spread)}
     figures = {name: getattr(result, name) for name in ("change", "change_low", "change_high", "p")}
-    return {"verdict": result.verdict, **figures, **sides, "arguments": [vars(item) for item in arguments]}
+    return _json({"verdict": result.verdict, **figures, **sides, "arguments": [vars(item) for item in arguments]})
 
 
-def comparison_text(a: Row, b: Row, result: Comparison, arguments: Sequence[Difference]) -> list[str]:
+def comparison_text(a: Row, b: Row, result: Comparison, arguments: Sequence[Difference]) -> str:
     """`--diff` for people."""
     names = names_of([a, b])
     table = [("", "steady lines", "median s", "10 % to 90 % of them", "TFLOPs")]
@@ -191,7 +191,7 @@ def comparison_text(a: Row, b: Row, result: Comparison, arguments: Sequence[Diff
         lines += ["", "No argument differs."]
     else:
         lines += ["", "At least one of the two logs states no arguments, so they are not compared."]
-    return lines
+    return "\n".join([*lines, ""])
 
 
 def _verdict(result: Comparison) -> str:
