@@ -26,6 +26,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "megactl.schedules": ("megactl.engine", "megactl.commands", "megactl.cli", "megactl.report", "megactl.storage", "megactl.costmodel"),
     "megactl.costmodel": ("megactl.engine", "megactl.commands", "megactl.cli", "megactl.report", "megactl.storage"),
     "megactl.storage": ("megactl.engine", "megactl.commands", "megactl.cli", "megactl.report", "megactl.costmodel", "megactl.schedules"),
+    "megactl.cluster": ("megactl.engine", "megactl.commands", "megactl.cli", "megactl.report", "megactl.costmodel", "megactl.schedules"),
     "megactl.report": ("megactl.engine", "megactl.commands", "megactl.cli"),
     "megactl.engine": ("megactl.commands", "megactl.cli"),
 }
