@@ -32,6 +32,7 @@ COMMANDS: dict[str, Row] = {
     "generate": Row("megactl.commands.generate:generate", "Sample text from what was trained."),
     "parse-logs": Row("megactl.commands.parse_logs:parse_logs", "A table, curves and comparisons out of training logs."),
     "report": Row("megactl.commands.report:report", "A page with plots of a run."),
+    "slurm": Row("megactl.commands.slurm:app", "Write Slurm scripts for a run, a sweep, or the SC21 experiments."),
     "bench": Row("megactl.commands.bench:app", "Time the compiled operators beside torch's."),
 }
 

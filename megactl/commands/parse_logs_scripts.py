@@ -14,7 +14,7 @@ from megactl.errors import ConfigError, Problem
 from megactl.storage.file_changes import Change, Rename, apply, check, undo
 
 if TYPE_CHECKING:
-    from megactl.report.scripts import Plan
+    from megactl.cluster.scripts import Plan
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def change_scripts(wanted: Wanted, files: Sequence[str], others: Sequence[str], 
 
 
 def _plan(wanted: Wanted, files: Sequence[str]) -> Plan:
-    from megactl.report import scripts
+    from megactl.cluster import scripts
 
     paths = [Path(name) for name in files]
     if wanted.rename_by is not None:

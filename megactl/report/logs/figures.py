@@ -74,6 +74,7 @@ def write_curves(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
         _draw_column(axes, rows, names, column)
         axes.set_ylabel(label)
     all_axes[-1].set_xlabel("iteration")
+    figure.align_ylabels(all_axes)
     handles, labels = max((axes.get_legend_handles_labels() for axes in all_axes), key=lambda pair: len(pair[1]))
     if len(rows) > 1:
         figure.legend(handles[:_SHOWN], labels[:_SHOWN], loc="outside lower center", ncols=2 if len(labels) > 4 else 1, frameon=False)

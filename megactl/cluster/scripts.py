@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from megactl.cluster.formats import seconds_of
 from megactl.errors import Problem
 from megactl.storage.file_changes import Change, Rename, Rewrite
 
@@ -23,7 +24,6 @@ _OPTION = rb"^(#SBATCH[ \t]+(?:[^\r\n#]*?[ \t])?(?:--%s(?:=|[ \t]+)|-%s[ \t]*))"
 # What may follow a script's name in its own name and in those of its logs: an ending, or a job's number and an ending.
 _SIBLING = re.compile(r"(?:[-_]\d+)*\..+")
 _ENDINGS = (".sh", ".slurm", ".sbatch")
-_TIME = re.compile(r"\d+|\d+:[0-5]?\d|\d+:[0-5]?\d:[0-5]?\d|\d+-\d+(?::[0-5]?\d){0,2}|UNLIMITED|INFINITE")
 # What sbatch takes as a name without quotes, and what no shell reads as more than a word.
 _PLAIN = re.compile(r"[\w.,:+=@%-]+", re.ASCII)
 
@@ -84,9 +84,13 @@ def job_name_from_file(scripts: Sequence[Path]) -> Plan:
 
 def set_time(scripts: Sequence[Path], limit: str) -> Plan:
     """`#SBATCH --time` set to `limit`, in one of Slurm's forms."""
-    if not _TIME.fullmatch(limit.upper()):
+    try:
+        usable = seconds_of(limit) != 0
+    except ValueError:
+        usable = False
+    if not usable:
         forms = "MINUTES, MIN:SEC, HOURS:MIN:SEC, DAYS-HOURS[:MIN[:SEC]] or UNLIMITED"
-        return Plan(problems=[Problem(f"--set-time {limit}", "is not a time that Slurm reads", f"give {forms}")])
+        return Plan(problems=[Problem(f"--set-time {limit!r}", "is not a time that Slurm reads", f"give {forms}")])
     return _set_option(scripts, b"time", b"t", lambda script: limit)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from megactl.report.scripts import job_name_from_file, rename_by_steps, set_time
+from megactl.cluster.scripts import job_name_from_file, rename_by_steps, set_time
 from megactl.storage.file_changes import apply
 
 SCRIPT = """#!/bin/bash
@@ -116,7 +116,7 @@ def test_times_of_slurm(tmp_path, limit):
     assert not set_time([], limit).problems
 
 
-@pytest.mark.parametrize("limit", ["", "20m", "1:2:3:4", "1:99", "1-", "-1", "10\n#SBATCH --wrap=x", "1d", "1 2"])
+@pytest.mark.parametrize("limit", ["", "0", "20m", "1:2:3:4", "1-", "-1", "10\n#SBATCH --wrap=x", "1d", "1 2"])
 def test_what_is_no_time(limit):
     plan = set_time([], limit)
     assert plan.problems and not plan.changes
