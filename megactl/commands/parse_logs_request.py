@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megactl.commands.parse_logs_view import COLUMNS, ITERATION_KEYS, SETS
-from megactl.config.settings import nearest
-from megactl.costmodel.hardware import find_gpu
 from megactl.errors import ConfigError, Problem
-from megactl.report.logs.figures import ENDINGS, EXPERIMENTS
-from megactl.report.logs.rows import Given
+
+if TYPE_CHECKING:
+    from megactl.report.logs.rows import Given
 
 
 class Format(StrEnum):
@@ -84,6 +83,9 @@ class Request:
 
 def checked(typed: Typed, others: Sequence[Problem] = ()) -> Request:
     """The request. Raises one ConfigError with every mistake, `others` among them."""
+    from megactl.costmodel.hardware import find_gpu
+    from megactl.report.logs.rows import Given
+
     problems = [*others, *_plot_problems(typed), *(_diff_problems(typed) if typed.diff else _row_problems(typed))]
     if typed.ms is not None and not 0 < typed.ms < 1e9:
         problems.append(Problem(f"--ms {typed.ms:g}", "must be a size above 0 in billions of parameters", "give --ms 52 for 52B"))
@@ -122,6 +124,11 @@ def _diff_problems(typed: Typed) -> list[Problem]:
 
 
 def _plot_problems(typed: Typed) -> list[Problem]:
+    if typed.plot is None and typed.experiment is None:
+        return []
+    from megactl.config.settings import nearest
+    from megactl.report.logs.figures import ENDINGS, EXPERIMENTS
+
     problems = []
     if typed.plot is not None and typed.plot.suffix.lower() not in ENDINGS:
         problems.append(Problem(f"--plot {typed.plot}", "is of no kind that is drawn", f"end the name in {', '.join(ENDINGS)}"))
@@ -137,15 +144,21 @@ def _plot_problems(typed: Typed) -> list[Problem]:
 
 
 def _columns(typed: Typed, problems: list[Problem]) -> tuple[str, ...]:
+    if typed.columns is None:
+        return ()
+    from megactl.commands.parse_logs_view import COLUMNS, ITERATION_KEYS, SETS
+    from megactl.config.settings import nearest
+
     known, sets = (ITERATION_KEYS, {}) if typed.per_iteration else (tuple(COLUMNS), SETS)
     chosen: list[str] = []
-    for word in [word.strip() for word in typed.columns.split(",")] if typed.columns is not None else []:
+    for word in [word.strip() for word in typed.columns.split(",")]:
         if word in sets:
             chosen += sets[word]
         elif word in known:
             chosen.append(word)
         else:
-            close = nearest(word, [*known, *sets])
+            # People shorten names: tflops is nearer to tflops_per_gpu than any count of letters says.
+            close = next((name for name in known if word and name.startswith(word.lower())), None) or nearest(word, [*known, *sets])
             instead = f"did you mean {close}?" if close else f"use some of {', '.join([*sets, *known])}"
             problems.append(Problem(f"--columns {word or repr(typed.columns)}", "is no column", instead))
     return tuple(dict.fromkeys(chosen))

@@ -90,7 +90,7 @@ def _carry_out(plan: Plan, wanted: Wanted, *, as_json: bool) -> int:
         say(printable(note), label="note")
     journal = None
     if plan.changes and not wanted.dry_run:
-        journal = wanted.undo_file or Path(f"megactl-undo-{datetime.now():%Y%m%d-%H%M%S}.json")
+        journal = wanted.undo_file or _new_journal()
         apply(plan.changes, journal)
     if as_json:
         emit_json({"changed": not wanted.dry_run, "changes": [_document(item) for item in plan.changes], "undo_file": journal})
@@ -104,6 +104,15 @@ def _carry_out(plan: Plan, wanted: Wanted, *, as_json: bool) -> int:
     else:
         say(f"{len(plan.changes)} files changed; take it back with: megactl parse-logs --undo {journal}")
     return 0
+
+
+def _new_journal() -> Path:
+    """A name for the undo file in the current folder; two changes in one second get two."""
+    stem = f"megactl-undo-{datetime.now():%Y%m%d-%H%M%S}"
+    number = 1
+    while (path := Path(f"{stem}{f'-{number}' if number > 1 else ''}.json")).exists():
+        number += 1
+    return path
 
 
 def _undo(journal: Path, *, as_json: bool) -> int:

@@ -149,7 +149,7 @@ def _dress(axes: Axes, experiment: Experiment, exact: bool, ticks: list[tuple[fl
         values = [tick[0] for tick in ticks]
         if max(values) / min(values) > 8:
             axes.set_xscale("log", base=10 if experiment.x == ("model_b",) else 2)
-        axes.set_xticks(values, [f"{value:.3g}" for value in values])
+        axes.set_xticks(values, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in values])
         axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.grid(color="#e3e7eb", linewidth=0.8)
