@@ -59,7 +59,7 @@ def make_folders(path: Path) -> None:
 def replace_file(path: Path, data: bytes, unique: str, *, mode: int | None = None) -> None:
     """Give `path` the content `data` at one moment: readers see the old bytes or the new ones, also after a power cut.
 
-    `mode`: permission bits of the new file, as a script that is edited must stay executable.
+    `mode`: the permissions of the new file (default: those of any new file).
     """
     beside = path.with_name(f".{path.name}-{unique}")
     try:
