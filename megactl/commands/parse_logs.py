@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megactl.commands.common import say
+from megactl.commands.common import printable, say
 from megactl.commands.parse_logs_request import Failed, Format, Request, Sort, Typed, checked
 from megactl.errors import ConfigError, MegactlError, Problem
 
@@ -120,7 +121,7 @@ def _rows(typed: Typed, request: Request) -> int:
     if not found.files:
         raise ConfigError([Problem(name, why, "correct the name, or quote the pattern") for name, why in found.missing])
     for name, why in found.missing:
-        say(f"{name}: {why}", label="error")
+        say(printable(f"{name}: {why}"), label="error")
     runs, unreadable = _read(read_many(found.files), found.walked)
     rows = _sorted([row_of(run, request.given) for run in runs], request.sort)
     if request.hide_failed:
@@ -139,17 +140,15 @@ def _read(results: Iterable[Run | Unreadable], walked: set[str]) -> tuple[list[R
     runs, unreadable, others = [], 0, 0
     for result in results:
         if not isinstance(result, Run):
-            say(f"{result.path}: {result.reason}", label="error")
+            say(printable(f"{result.path}: {result.reason}"), label="error")
             unreadable += 1
         elif result.file in walked and result.system == "unknown" and not len(result.iterations) and not result.events:
             others += 1
         else:
             runs.append(result)
     if others:
-        say(
-            f"{others} {'file' if others == 1 else 'files'} of the folders given hold nothing of a training run and are left out",
-            label="note",
-        )
+        some = "1 file of the folders given holds" if others == 1 else f"{others} files of the folders given hold"
+        say(f"{some} nothing of a training run, left out", label="note")
     return runs, unreadable
 
 
@@ -177,7 +176,7 @@ def _warn(rows: Sequence[Row]) -> None:
 
     for row, name in zip(rows, names_of(rows), strict=True):
         for warning in row.values["warnings"]:
-            say(f"{name}: {warning}", label="warning")
+            say(printable(f"{name}: {warning}"), label="warning")
     lacking = [row for row in rows if row.missing]
     if lacking:
         words = ", ".join(dict.fromkeys(name for row in lacking for name in row.missing))
@@ -187,12 +186,14 @@ def _warn(rows: Sequence[Row]) -> None:
 def _emit(rows: Sequence[Row], typed: Typed, request: Request) -> None:
     from megactl.commands import parse_logs_view as view
 
-    if typed.per_iteration:
-        text = view.rendered_iterations(rows, request.columns, request.form)
+    if request.form is Format.json:
+        text = view.iterations_json(rows) if typed.per_iteration else view.rows_json(rows)
     else:
-        text = view.rendered_rows(rows, request.columns or view.default_columns(rows), request.form)
-        if request.form == "table" and not request.columns and (lines := view.evidence_lines(rows)):
-            text += "\n".join([*lines, ""])
+        table = view.iteration_table(rows, request.columns) if typed.per_iteration else view.row_table(rows, request.columns)
+        if request.form is Format.table and typed.output is None and sys.stdout.isatty():
+            view.show_on_terminal(table)
+            return
+        text = table.text(request.form)
     _write(text, typed.output)
 
 
@@ -203,7 +204,7 @@ def _write(text: str, output: Path | None) -> None:
         print(text, end="", flush=True)
         return
     try:
-        durable.replace_file(output, text.encode("utf-8", "surrogateescape"), f"megactl-{os.getpid()}")
+        durable.write_output(output, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise MegactlError(f"{output}: cannot be written: {error.strerror}", "choose another place with --output") from error
     say(f"wrote {output}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megactl.commands.common import columns as aligned
-from megactl.commands.common import strict
+from megactl.commands.common import printable, say, strict
 from megactl.commands.tables import csv_table, markdown_table, show_table
 from megactl.report.logs.compare import Comparison, Difference
 from megactl.report.logs.records import VALUE_COLUMNS, Run
@@ -74,6 +75,23 @@ DEFAULT = (
     "file", "status", "iterations", "mean_s", "steady_mean_s", "tflops_per_gpu", "tflops_logged", "mfu", "model_b", "gpus", "tp", "pp",
     "vpp", "dp", "zero", "mbs", "gas", "gbs", "reserved_gib", "final_loss",
 )  # fmt: skip
+# What a narrow terminal leaves out first.
+_DROPPABLE = (
+    "reserved_gib",
+    "vpp",
+    "zero",
+    "final_loss",
+    "tflops_logged",
+    "gas",
+    "steady_mean_s",
+    "mbs",
+    "model_b",
+    "mfu",
+    "dp",
+    "pp",
+    "tp",
+)
+_STYLES = {"completed": None, None: None, "time-limit": "yellow", "cancelled": "yellow"}
 _ALWAYS = ("file", "status", "iterations", "mean_s", "tflops_per_gpu")
 
 
@@ -97,17 +115,80 @@ def names_of(rows: Sequence[Row]) -> list[str]:
     return names
 
 
-def rendered_rows(rows: Sequence[Row], chosen: Sequence[str], form: str) -> str:
-    """The rows as text: "table", "markdown", "csv" (every digit, keys as header) or "json"."""
-    if form == "json":
-        return _json([{key: row.values[key] for key in KEYS} for row in rows])
-    if form == "csv":
-        return csv_table(chosen, [[_exactly(row.values[key]) for key in chosen] for row in rows])
-    header = [COLUMNS[key].heading for key in chosen]
-    right = [index for index, key in enumerate(chosen) if COLUMNS[key].right]
-    names = names_of(rows)
-    cells = [[name if key == "file" else _cell(key, row.values[key]) for key in chosen] for row, name in zip(rows, names, strict=True)]
-    return markdown_table(header, cells, right=right) + "\n" if form == "markdown" else _table(header, cells, right)
+@dataclass(frozen=True)
+class Table:
+    """Rows ready to be shown. `cells` makes them for people, `exact` for programs (of millions only one may be made); `below` are lines
+    under the table.
+
+    `droppable` are columns that a narrow terminal may leave out, the first of them first.
+    """
+
+    keys: tuple[str, ...]
+    header: tuple[str, ...]
+    right: tuple[int, ...]
+    cells: Callable[[], list[list[str | None]]]
+    exact: Callable[[], Iterable[Sequence[str | None]]]
+    below: Sequence[str] = ()
+    styles: Sequence[str | None] = ()
+    droppable: Sequence[str] = ()
+
+    def text(self, form: str) -> str:
+        """The table as "csv" (keys as header, every digit), "markdown" or "table"."""
+        if form == "csv":
+            return csv_table(self.keys, self.exact())
+        if form == "markdown":
+            return markdown_table(self.header, self.cells(), right=self.right) + "\n"
+        text = io.StringIO()
+        show_table(self.header, self.cells(), right=self.right, stream=text)
+        return text.getvalue() + "".join(f"{line}\n" for line in self.below)
+
+
+def show_on_terminal(table: Table) -> None:
+    """Print a table in colour, without as many droppable columns as it takes to fit the width, and say which."""
+    room, dropped = shutil.get_terminal_size().columns, []
+    cells = [
+        [_tail(cell, room // 4) if key == "file" else cell for key, cell in zip(table.keys, row, strict=True)] for row in table.cells()
+    ]
+    widths = [max(len(name), *(len(row[place] or "-") for row in cells), 0) + 3 for place, name in enumerate(table.header)]
+    for key in table.droppable:
+        if sum(widths) > room and key in table.keys:
+            widths[table.keys.index(key)] = 0
+            dropped.append(key)
+    kept = [place for place, key in enumerate(table.keys) if key not in dropped]
+    right = [index for index, place in enumerate(kept) if place in table.right]
+    shown = [[row[place] for place in kept] for row in cells]
+    show_table([table.header[place] for place in kept], shown, right=right, styles=table.styles)
+    for line in table.below:
+        print(line)
+    if dropped:
+        say(f"left out, for the terminal is {room} wide: {', '.join(dropped)} (--columns all shows everything)", label="note")
+
+
+def _tail(name: str | None, width: int) -> str:
+    """The end of a long file name: runs differ there."""
+    text, width = name or "-", max(24, width)
+    return text if len(text) <= width else f"…{text[1 - width :]}"
+
+
+def row_table(rows: Sequence[Row], chosen: Sequence[str]) -> Table:
+    """A row a run. Without chosen columns the default ones, and the evidence of how each run ended below."""
+    keys = tuple(chosen) or default_columns(rows)
+    named = list(zip(names_of(rows), rows, strict=True))
+    return Table(
+        keys=keys,
+        header=tuple(COLUMNS[key].heading for key in keys),
+        right=tuple(index for index, key in enumerate(keys) if COLUMNS[key].right),
+        cells=lambda: [[name if key == "file" else _cell(key, row.values[key]) for key in keys] for name, row in named],
+        exact=lambda: ([_exactly(row.values[key]) for key in keys] for row in rows),
+        below=() if chosen else evidence_lines(rows),
+        styles=[_STYLES.get(row.values["status"], "red") for row in rows],
+        droppable=() if chosen else _DROPPABLE,
+    )
+
+
+def rows_json(rows: Sequence[Row]) -> str:
+    """A list of rows with every key."""
+    return _json([{key: row.values[key] for key in KEYS} for row in rows])
 
 
 def _cell(key: str, value: Any) -> str | None:
@@ -122,26 +203,22 @@ def _exactly(value: Any) -> str | None:
     return repr(value) if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _table(header: Sequence[str], cells: Sequence[Sequence[str | None]], right: Sequence[int]) -> str:
-    text = io.StringIO()
-    show_table(header, cells, right=right, stream=text)
-    return text.getvalue()
-
-
 def _json(document: Any) -> str:
-    return json.dumps(strict(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(strict(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A file name need not be text: its stray bytes become escapes, which JSON has for them.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def evidence_lines(rows: Sequence[Row]) -> list[str]:
-    """Below a table: for every run that did not simply complete, what its log says of its end."""
-    told = [(name, row) for name, row in zip(names_of(rows), rows, strict=True) if row.values["status"] != "completed"]
-    return aligned([(name, row.values["status"] or "unknown", row.values["evidence"][:160]) for name, row in told])
+    """For every run that did not simply complete, what its log says of its end."""
+    told = [(name, row.values) for name, row in zip(names_of(rows), rows, strict=True) if row.values["status"] != "completed"]
+    return aligned([(printable(name), values["status"] or "unknown", printable(values["evidence"])[:160]) for name, values in told])
 
 
 ITERATION_KEYS = ("file", "run", "iteration", "line", *VALUE_COLUMNS, "loss")
 
 
-def iteration_rows(runs: Iterable[Run]) -> Iterable[tuple[Any, ...]]:
+def iteration_rows(runs: Iterable[Run]) -> Iterator[tuple[Any, ...]]:
     """A row for every iteration line, in the order of ITERATION_KEYS; NaN is None."""
     for run in runs:
         columns = run.iterations
@@ -151,18 +228,29 @@ def iteration_rows(runs: Iterable[Run]) -> Iterable[tuple[Any, ...]]:
             yield (run.file, run.run, columns.iteration[index], columns.line[index] or None, *numbers)
 
 
-def rendered_iterations(rows: Sequence[Row], chosen: Sequence[str], form: str) -> str:
-    """A row an iteration as text, in any of the formats. Columns that no iteration has are left out where none were asked for."""
-    table = list(iteration_rows(row.source for row in rows))
-    if form == "json":
-        return _json([dict(zip(ITERATION_KEYS, row, strict=True)) for row in table])
-    kept = chosen or [key for place, key in enumerate(ITERATION_KEYS) if any(row[place] is not None for row in table)]
-    places = [ITERATION_KEYS.index(key) for key in kept]
-    if form == "csv":
-        return csv_table(kept, [[_exactly(row[place]) for place in places] for row in table])
-    cells = [[None if row[place] is None else _plain(row[place]) for place in places] for row in table]
-    right = [index for index, key in enumerate(kept) if key != "file"]
-    return markdown_table(kept, cells, right=right) + "\n" if form == "markdown" else _table(kept, cells, right)
+def iteration_table(rows: Sequence[Row], chosen: Sequence[str]) -> Table:
+    """A row an iteration line. Columns that no line has are left out where none were chosen."""
+    runs = [row.source for row in rows]
+    keys = tuple(chosen) or tuple(
+        key for key in ITERATION_KEYS if key not in (*VALUE_COLUMNS, "loss") or any(_has(run, key) for run in runs)
+    )
+    places = [ITERATION_KEYS.index(key) for key in keys]
+    return Table(
+        keys=keys,
+        header=keys,
+        right=tuple(index for index, key in enumerate(keys) if key != "file"),
+        cells=lambda: [[None if row[place] is None else _plain(row[place]) for place in places] for row in iteration_rows(runs)],
+        exact=lambda: ([_exactly(row[place]) for place in places] for row in iteration_rows(runs)),
+    )
+
+
+def iterations_json(rows: Sequence[Row]) -> str:
+    """A list of iteration lines with every key."""
+    return _json([dict(zip(ITERATION_KEYS, row, strict=True)) for row in iteration_rows(row.source for row in rows)])
+
+
+def _has(run: Run, key: str) -> bool:
+    return any(not math.isnan(value) for value in getattr(run.iterations, key))
 
 
 def comparison_json(a: Row, b: Row, result: Comparison, arguments: Sequence[Difference]) -> str:
@@ -191,7 +279,7 @@ def comparison_text(a: Row, b: Row, result: Comparison, arguments: Sequence[Diff
         lines += ["", "No argument differs."]
     else:
         lines += ["", "At least one of the two logs states no arguments, so they are not compared."]
-    return "\n".join([*lines, ""])
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def _verdict(result: Comparison) -> str:

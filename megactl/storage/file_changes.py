@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -94,9 +93,7 @@ def apply(changes: Sequence[Change], journal: Path) -> None:
 
 def _make(change: Change) -> None:
     if isinstance(change, Rewrite):
-        # Through a link the file it names is edited, and stays where it is.
-        path = change.path.resolve()
-        durable.replace_file(path, change.after, f"megactl-{os.getpid()}", mode=stat.S_IMODE(path.stat().st_mode))
+        durable.write_output(change.path, change.after)
         return
     # The name is taken first, as an empty file that only we can have made: rename alone would silently replace a file that came since.
     os.close(durable.create(change.target))

@@ -18,7 +18,8 @@ def iteration(number: int, milliseconds: float, *, total: int = 1000, batch: int
     printed = f" lm loss: {loss:.6E} |" if loss is not None else ""
     return (
         f" iteration {number:8d}/{total:8d} | consumed samples: {number * batch:12d} |"
-        f" elapsed time per iteration (ms): {milliseconds:.1f} | learning rate: 1.500E-04 | global batch size: {batch:5d} |{printed} loss scale: 4096.0 | grad norm: 1.234 |"
+        f" elapsed time per iteration (ms): {milliseconds:.1f} | learning rate: 1.500E-04 |"
+        f" global batch size: {batch:5d} |{printed} loss scale: 4096.0 | grad norm: 1.234 |"
         " number of skipped iterations:   0 | number of nan iterations:   0 |\n"
     )
 

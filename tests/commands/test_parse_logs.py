@@ -87,7 +87,7 @@ def test_a_folder_gives_its_logs_and_counts_what_is_none(folder, told):
     (folder / "deep" / "c.log").write_text(log([1000.0]))
     code, out, err = told(".", "--json")
     assert code == 0 and [row["file"] for row in json.loads(out)] == ["./a.out", "./b.out", "./deep/c.log"]
-    assert "1 file of the folders given" in err
+    assert "1 file of the folders given holds nothing" in err
     # The same file by its name is shown, for it was asked for.
     assert json.loads(told("readme.txt", "--json")[1])[0]["status"] == "no-iterations"
 

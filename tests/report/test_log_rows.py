@@ -78,6 +78,11 @@ def test_nothing_is_guessed():
     assert named["tflops_per_gpu"] == pytest.approx(61 * 8 * 1024 * 1024 / (2 * 64e3))
 
 
+def test_more_than_the_peak_is_a_mistake_somewhere():
+    assert values(gpu="v100")["warnings"] == []
+    assert "above the peak of 125" in values(gpu="v100", ng=8)["warnings"][0]
+
+
 def test_logged_tflops_stay_apart():
     made = run()
     made.iterations.tflops_logged[0], made.iterations.tflops_logged[2] = 40.0, 42.0

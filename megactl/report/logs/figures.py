@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +193,6 @@ def _save(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.lower().lstrip("."))
     try:
-        durable.replace_file(path, content.getvalue(), f"megactl-{os.getpid()}")
+        durable.write_output(path, content.getvalue())
     except OSError as error:
         raise MegactlError(f"{path}: cannot be written: {error.strerror}", "choose another place with --plot") from error

@@ -169,6 +169,9 @@ def _work(row: Row, given: Given, model: Model | None, problem: str | None) -> N
         values["exact"] |= {"hfu_tflops": None, "hfu": None}
         layout.derived["exact"] = "hardware FLOPs are not known, since the log does not say what is recomputed"
     values["mfu"] = exact.mfu
+    if exact.mfu is not None and max(exact.mfu, values["tflops_per_gpu"] / (exact.peak_tflops or 1)) > 1:
+        fastest = max(exact.mfu_tflops, values["tflops_per_gpu"])
+        values["warnings"].append(f"{fastest:.0f} TFLOP/s a GPU is above the peak of {exact.peak_tflops:g}: an option or the log is wrong")
 
 
 def _peak(arguments: Mapping[str, str], gpu: str | None) -> float | None:
