@@ -207,6 +207,65 @@ def test_what_tflops_lack_is_said(folder, told):
     assert "no TFLOPs for 1 of 1 runs, whose logs do not say: model size (--ms), GPUs (--ng), sequence length (--seq)" in err
 
 
+TRACEBACK = 'Traceback (most recent call last):\n  File "pretrain_gpt.py", line 1, in <module>\n'
+OOM = "RuntimeError: CUDA out of memory. Tried to allocate 1.50 GiB (GPU 0; 31.75 GiB total capacity; 28.11 GiB already allocated)"
+NEW_OOM = "[rank3]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 55.88 GiB. GPU 0 has a total capacity of 178.35 GiB"
+HOST = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=1.0. Some of your processes may have been killed by the cgroup."
+LIMIT = "slurmstepd: error: *** JOB 1999616 ON r6i4n5 CANCELLED AT 2021-05-27T21:42:11 DUE TO TIME LIMIT ***"
+CANCEL = "slurmstepd: error: *** JOB 1809579 ON r8i3n1 CANCELLED AT 2021-05-23T08:45:57 ***"
+NCCL = "RuntimeError: NCCL error in: ../torch/lib/c10d/ProcessGroupNCCL.cpp:825, unhandled system error, NCCL version 2.7.8"
+WATCHDOG = (
+    "[E ProcessGroupNCCL.cpp:475] [Rank 15] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=96383,"
+    " OpType=_ALLGATHER_BASE, Timeout(ms)=1800000) ran for 1800561 milliseconds before timing out."
+)
+CONFIG = (
+    "AssertionError: Check batch related parameters. train_batch_size is not equal to micro_batch_per_gpu * gradient_acc_step"
+    " * world_size 256 != 4 * 8 * 1"
+)
+DONE = "[after training is done] datetime: 2021-08-18 10:41:31 "
+
+
+@pytest.mark.parametrize("iterations", [0, 4])
+@pytest.mark.parametrize(
+    ("end", "status", "evidence"),
+    [
+        (f"{TRACEBACK}{OOM}\n{CANCEL}\n", "oom-gpu", OOM),
+        (f"[rank3]: {TRACEBACK}{NEW_OOM}\n", "oom-gpu", "torch.OutOfMemoryError"),
+        (f"{HOST}\nsrun: error: r1: task 3: Out Of Memory\n", "oom-host", HOST),
+        ("Killing subprocess 22920\nKilling subprocess 22921\n", "oom-host", "Killing subprocess 22920 (2 times"),
+        (f"{LIMIT}\nKilling subprocess 8189\nMain process received SIGTERM, exiting\n", "time-limit", LIMIT),
+        ("[exiting program after 60.2 minutes] datetime: 2021-08-18 10:41:31 \n", "time-limit", "60.2 minutes"),
+        (f"srun: Job step aborted: Waiting up to 62 seconds for job step to finish.\n{CANCEL}\nKilling subprocess 1\n", "cancelled", CANCEL),
+        (f"{TRACEBACK}{NCCL}\n", "nccl", NCCL),
+        (f"{WATCHDOG}\n{CANCEL}\n", "nccl", "Watchdog caught"),
+        (f"{TRACEBACK}{CONFIG}\n", "config", "Check batch related parameters"),
+        (f"{TRACEBACK}KeyError: 'lm loss'\n", "crashed", "line"),
+        (f"{DONE}\n", "completed", "after training is done"),
+    ],
+)  # fmt: skip
+def test_each_end_is_told_with_its_line(folder, told, end, status, evidence, iterations):
+    text = log([1e3] * iterations, ARGUMENTS, end=end)
+    (folder / "c.out").write_text(text)
+    (row,) = json.loads(told("c.out", "--json")[1])
+    assert row["status"] == status and evidence in row["evidence"]
+    number = int(row["evidence"].removeprefix("line ").partition(":")[0])
+    assert text.splitlines()[number - 1].strip()[:40] in row["evidence"]
+
+
+def test_numbers_that_are_lost_are_the_status(folder, told):
+    lines = [iteration(1, 1e3), iteration(2, 1e3, loss=None)]
+    (folder / "c.out").write_text("".join(lines) + LIMIT + "\n")
+    (row,) = json.loads(told("c.out", "--json")[1])
+    assert row["status"] == "nan" and row["final_loss"] is None
+    (folder / "d.out").write_text(lines[0] + lines[1].replace("nan iterations:   0", "nan iterations:   1"))
+    (row,) = json.loads(told("d.out", "--json")[1])
+    assert (row["status"], row["nan_iterations"]) == ("nan", 1)
+    # Megatron-LM leaves the loss out, too, where it skipped the step to lower the loss scale.
+    (folder / "e.out").write_text(lines[0] + lines[1].replace("skipped iterations:   0", "skipped iterations:   1"))
+    (row,) = json.loads(told("e.out", "--json")[1])
+    assert (row["status"], row["skipped_iterations"]) == (None, 1)
+
+
 SCRIPT = "#!/bin/bash\n#SBATCH --job-name=x\n#SBATCH --time=20:00:00\nPP_CHUNKS=128\n"
 
 
