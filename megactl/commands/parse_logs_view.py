@@ -253,13 +253,23 @@ def _has(run: Run, key: str) -> bool:
     return any(not math.isnan(value) for value in getattr(run.iterations, key))
 
 
+_WORK = {"gbs": "global batch", "seq": "sequence length", "model_b": "parameters (10^9)"}
+
+
+def _different_work(a: Row, b: Row) -> dict[str, list[Any]]:
+    """What of an iteration's work both state, and state differently."""
+    pairs = {key: [a.values[key], b.values[key]] for key in _WORK}
+    return {key: pair for key, pair in pairs.items() if None not in pair and not math.isclose(*pair, rel_tol=0.005)}
+
+
 def comparison_json(a: Row, b: Row, result: Comparison, arguments: Sequence[Difference]) -> str:
     """`--diff` as JSON."""
     sides = {}
     for side, row, spread in (("a", a, result.a), ("b", b, result.b)):
         sides[side] = {"file": row.source.file, "run": row.source.run, "tflops_per_gpu": row.values["tflops_per_gpu"], **vars(spread)}
     figures = {name: getattr(result, name) for name in ("change", "change_low", "change_high", "p")}
-    return _json({"verdict": result.verdict, **figures, **sides, "arguments": [vars(item) for item in arguments]})
+    more = {"different_work": _different_work(a, b), "arguments": [vars(item) for item in arguments]}
+    return _json({"verdict": result.verdict, **figures, **sides, **more})
 
 
 def comparison_text(a: Row, b: Row, result: Comparison, arguments: Sequence[Difference]) -> str:
@@ -271,6 +281,9 @@ def comparison_text(a: Row, b: Row, result: Comparison, arguments: Sequence[Diff
         tflops = _cell("tflops_per_gpu", row.values["tflops_per_gpu"]) or "-"
         table.append((f"{letter}  {name}", str(side.iterations), _seconds(side.median) if side.median else "-", spread, tflops))
     lines = [*aligned(table), "", _verdict(result)]
+    work = [f"{_WORK[key]} {one:.4g} and {other:.4g}" for key, (one, other) in _different_work(a, b).items()]
+    if work:
+        lines.append(f"An iteration is not the same work: {', '.join(work)}. Compare TFLOPs, not seconds.")
     if arguments:
         there = [[text if text is not None else "(not there)" for text in (item.a, item.b)] for item in arguments]
         changed = [(item.name, a[:60], b[:60]) for item, (a, b) in zip(arguments, there, strict=True)]
@@ -286,6 +299,8 @@ def _verdict(result: Comparison) -> str:
     if result.change is None:
         return "Nothing to compare: one of the two has no steady iterations."
     by = f"B's median takes {abs(result.change):.1%} {'less' if result.change < 0 else 'more'}"
+    if result.change > 1:
+        by = f"B's median takes {1 + result.change:.3g} times as long"
     if result.verdict == "too few iterations":
         return f"Too few iterations to tell: {by}, but at least 5 steady ones a side are needed."
     interval = f"99 % interval of the means {result.change_low:+.1%} to {result.change_high:+.1%}, Mann-Whitney p = {result.p:.2g}"

@@ -183,6 +183,14 @@ def test_a_difference_and_its_arguments(folder, told):
     assert document["arguments"] == [{"name": "seed", "a": None, "b": "7"}]
 
 
+def test_runs_that_do_different_work_are_not_compared_by_seconds(folder, told):
+    (folder / "c.out").write_text(log([150e3, *[60e3] * 20], {**ARGUMENTS, "global_batch_size": 512}, batch=512))
+    out = told("--diff", "a.out", "c.out")[1]
+    assert "not the same work: global batch 1024 and 512" in out and "B is faster" in out
+    assert json.loads(told("--diff", "a.out", "c.out", "--json")[1])["different_work"] == {"gbs": [1024, 512]}
+    assert json.loads(told("--diff", "a.out", "b.out", "--json")[1])["different_work"] == {}
+
+
 def test_a_run_of_several_in_a_file_is_named_by_its_number(folder, told):
     (folder / "two.out").write_text(log([1e3] * 6, ARGUMENTS) + log([2e3] * 6, ARGUMENTS))
     rows = json.loads(told("two.out", "--json")[1])
@@ -235,7 +243,7 @@ DONE = "[after training is done] datetime: 2021-08-18 10:41:31 "
         ("Killing subprocess 22920\nKilling subprocess 22921\n", "oom-host", "Killing subprocess 22920 (2 times"),
         (f"{LIMIT}\nKilling subprocess 8189\nMain process received SIGTERM, exiting\n", "time-limit", LIMIT),
         ("[exiting program after 60.2 minutes] datetime: 2021-08-18 10:41:31 \n", "time-limit", "60.2 minutes"),
-        (f"srun: Job step aborted: Waiting up to 62 seconds for job step to finish.\n{CANCEL}\nKilling subprocess 1\n", "cancelled", CANCEL),
+        (f"srun: Job step aborted: Waiting up to 62 seconds for job step\n{CANCEL}\nKilling subprocess 1\n", "cancelled", CANCEL),
         (f"{TRACEBACK}{NCCL}\n", "nccl", NCCL),
         (f"{WATCHDOG}\n{CANCEL}\n", "nccl", "Watchdog caught"),
         (f"{TRACEBACK}{CONFIG}\n", "config", "Check batch related parameters"),
