@@ -226,7 +226,7 @@ def _plot(rows: Sequence[Row], path: Path, experiment: str | None) -> None:
 
 
 def _diff(typed: Typed, request: Request) -> int:
-    from megactl.commands import parse_logs_view as view
+    from megactl.commands.parse_logs_diff import comparison_json, comparison_text
     from megactl.report.logs.compare import compare, differing
     from megactl.report.logs.rows import row_of
     from megactl.report.logs.speed import steady
@@ -234,7 +234,7 @@ def _diff(typed: Typed, request: Request) -> int:
     a, b = (row_of(_one(word), request.given) for word in typed.diff or ())
     times = [steady(row.source.iterations.seconds, row.source.iterations.interrupted) for row in (a, b)]
     result, arguments = compare(*times), differing(a.source.arguments, b.source.arguments)
-    show = view.comparison_json if request.form is Format.json else view.comparison_text
+    show = comparison_json if request.form is Format.json else comparison_text
     _write(show(a, b, result, arguments), typed.output)
     return 0
 

@@ -14,7 +14,6 @@ from typing import Any
 from megactl.commands.common import columns as aligned
 from megactl.commands.common import printable, say, strict
 from megactl.commands.tables import csv_table, markdown_table, show_table
-from megactl.report.logs.compare import Comparison, Difference
 from megactl.report.logs.records import VALUE_COLUMNS, Run
 from megactl.report.logs.rows import KEYS, Row
 
@@ -27,7 +26,7 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
     """Four digits that count: 0.661, 1.381, 128.9."""
     return f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 100 else f"{value:.1f}"
 
@@ -48,16 +47,16 @@ class Column:
 COLUMNS: dict[str, Column] = {
     "file": Column("file", right=False), "run": Column("run"), "system": Column("system", right=False),
     "status": Column("status", right=False), "evidence": Column("evidence", right=False), "iterations": Column("lines"),
-    "mean_s": Column("s/iter", _seconds), "median_s": Column("median s", _seconds), "steady_mean_s": Column("steady s", _seconds),
-    "p95_s": Column("p95 s", _seconds), "model_b": Column("size B", lambda value: f"{value:.3g}"), "gpus": Column("GPUs"),
+    "mean_s": Column("s/iter", seconds_text), "median_s": Column("median s", seconds_text), "steady_mean_s": Column("steady s", seconds_text),
+    "p95_s": Column("p95 s", seconds_text), "model_b": Column("size B", lambda value: f"{value:.3g}"), "gpus": Column("GPUs"),
     "nodes": Column("nodes"), "dp": Column("DP"), "tp": Column("TP"), "pp": Column("PP"), "vpp": Column("VPP"), "sp": Column("SP", _yes),
     "recompute": Column("recompute", right=False), "zero": Column("ZeRO"), "bucket": Column("bucket", lambda value: f"{value:.3g}"),
     "offload": Column("offload", right=False), "partition_activations": Column("PA", _yes), "scattered_embeddings": Column("ScatEmb", _yes),
     "mbs": Column("MBS"), "gas": Column("GAS"), "gbs": Column("GBS"), "seq": Column("seq"), "tflops_per_gpu": Column("TFLOPs", _one),
     "tflops_logged": Column("logged", _one), "mfu": Column("MFU", lambda value: f"{value:.1%}"),
     "tokens_per_s": Column("tokens/s", lambda value: f"{value:.0f}"), "allocated_gib": Column("alloc GiB", _one),
-    "reserved_gib": Column("reserv GiB", _one), "host_memory_gib": Column("host GiB", _one), "save_s": Column("save s", _seconds),
-    "load_s": Column("load s", _seconds), "final_loss": Column("loss", lambda value: f"{value:.4g}"), "nan_iterations": Column("NaN"),
+    "reserved_gib": Column("reserv GiB", _one), "host_memory_gib": Column("host GiB", _one), "save_s": Column("save s", seconds_text),
+    "load_s": Column("load s", seconds_text), "final_loss": Column("loss", lambda value: f"{value:.4g}"), "nan_iterations": Column("NaN"),
     "skipped_iterations": Column("skipped"), "started_at": Column("started", right=False),
 }  # fmt: skip
 
@@ -178,7 +177,7 @@ def row_table(rows: Sequence[Row], chosen: Sequence[str]) -> Table:
         keys=keys,
         header=tuple(COLUMNS[key].heading for key in keys),
         right=tuple(index for index, key in enumerate(keys) if COLUMNS[key].right),
-        cells=lambda: [[name if key == "file" else _cell(key, row.values[key]) for key in keys] for name, row in named],
+        cells=lambda: [[name if key == "file" else cell(key, row.values[key]) for key in keys] for name, row in named],
         exact=lambda: ([_exactly(row.values[key]) for key in keys] for row in rows),
         below=() if chosen else evidence_lines(rows),
         styles=[_STYLES.get(row.values["status"], "red") for row in rows],
@@ -188,10 +187,11 @@ def row_table(rows: Sequence[Row], chosen: Sequence[str]) -> Table:
 
 def rows_json(rows: Sequence[Row]) -> str:
     """A list of rows with every key."""
-    return _json([{key: row.values[key] for key in KEYS} for row in rows])
+    return json_text([{key: row.values[key] for key in KEYS} for row in rows])
 
 
-def _cell(key: str, value: Any) -> str | None:
+def cell(key: str, value: Any) -> str | None:
+    """A value as a table for people has it; None where it is not known."""
     if key == "status" and value is None:
         return "unknown"
     return None if value is None else COLUMNS[key].show(value)
@@ -203,7 +203,8 @@ def _exactly(value: Any) -> str | None:
     return repr(value) if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _json(document: Any) -> str:
+def json_text(document: Any) -> str:
+    """One JSON document with a line end; NaN is null."""
     text = json.dumps(strict(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # A file name need not be text: its stray bytes become escapes, which JSON has for them.
     return text.encode("utf-8", "backslashreplace").decode()
@@ -246,65 +247,8 @@ def iteration_table(rows: Sequence[Row], chosen: Sequence[str]) -> Table:
 
 def iterations_json(rows: Sequence[Row]) -> str:
     """A list of iteration lines with every key."""
-    return _json([dict(zip(ITERATION_KEYS, row, strict=True)) for row in iteration_rows(row.source for row in rows)])
+    return json_text([dict(zip(ITERATION_KEYS, row, strict=True)) for row in iteration_rows(row.source for row in rows)])
 
 
 def _has(run: Run, key: str) -> bool:
     return any(not math.isnan(value) for value in getattr(run.iterations, key))
-
-
-_WORK = {"gbs": "global batch", "seq": "sequence length", "model_b": "parameters (10^9)"}
-
-
-def _different_work(a: Row, b: Row) -> dict[str, list[Any]]:
-    """What of an iteration's work both state, and state differently."""
-    pairs = {key: [a.values[key], b.values[key]] for key in _WORK}
-    return {key: pair for key, pair in pairs.items() if None not in pair and not math.isclose(*pair, rel_tol=0.005)}
-
-
-def comparison_json(a: Row, b: Row, result: Comparison, arguments: Sequence[Difference]) -> str:
-    """`--diff` as JSON."""
-    sides = {}
-    for side, row, spread in (("a", a, result.a), ("b", b, result.b)):
-        sides[side] = {"file": row.source.file, "run": row.source.run, "tflops_per_gpu": row.values["tflops_per_gpu"], **vars(spread)}
-    figures = {name: getattr(result, name) for name in ("change", "change_low", "change_high", "p")}
-    more = {"different_work": _different_work(a, b), "arguments": [vars(item) for item in arguments]}
-    return _json({"verdict": result.verdict, **figures, **sides, **more})
-
-
-def comparison_text(a: Row, b: Row, result: Comparison, arguments: Sequence[Difference]) -> str:
-    """`--diff` for people."""
-    names = names_of([a, b])
-    table = [("", "steady lines", "median s", "10 % to 90 % of them", "TFLOPs")]
-    for letter, name, row, side in zip("AB", names, (a, b), (result.a, result.b), strict=True):
-        spread = f"{_seconds(side.low)} to {_seconds(side.high)} s" if side.low is not None and side.high is not None else "-"
-        tflops = _cell("tflops_per_gpu", row.values["tflops_per_gpu"]) or "-"
-        table.append((f"{letter}  {name}", str(side.iterations), _seconds(side.median) if side.median else "-", spread, tflops))
-    lines = [*aligned(table), "", _verdict(result)]
-    work = [f"{_WORK[key]} {one:.4g} and {other:.4g}" for key, (one, other) in _different_work(a, b).items()]
-    if work:
-        lines.append(f"An iteration is not the same work: {', '.join(work)}. Compare TFLOPs, not seconds.")
-    if arguments:
-        there = [[text if text is not None else "(not there)" for text in (item.a, item.b)] for item in arguments]
-        changed = [(item.name, a[:60], b[:60]) for item, (a, b) in zip(arguments, there, strict=True)]
-        lines += ["", f"{len(arguments)} arguments differ:", *aligned([("", "A", "B"), *changed], indent="  ")]
-    elif a.source.arguments and b.source.arguments:
-        lines += ["", "No argument differs."]
-    else:
-        lines += ["", "At least one of the two logs states no arguments, so they are not compared."]
-    return "".join(f"{printable(line)}\n" for line in lines)
-
-
-def _verdict(result: Comparison) -> str:
-    if result.change is None:
-        return "Nothing to compare: one of the two has no steady iterations."
-    by = f"B's median takes {abs(result.change):.1%} {'less' if result.change < 0 else 'more'}"
-    if result.change > 1:
-        by = f"B's median takes {1 + result.change:.3g} times as long"
-    if result.verdict == "too few iterations":
-        return f"Too few iterations to tell: {by}, but at least 5 steady ones a side are needed."
-    interval = f"99 % interval of the means {result.change_low:+.1%} to {result.change_high:+.1%}, Mann-Whitney p = {result.p:.2g}"
-    if result.verdict == "within noise":
-        return f"Within noise: {by} ({interval}), and the spreads overlap."
-    caution = "One run a side: the same job can differ by more between allocations."
-    return f"{result.verdict}: {by} ({interval}), and the spreads are apart. {caution}"
