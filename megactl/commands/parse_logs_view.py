@@ -47,8 +47,9 @@ class Column:
 COLUMNS: dict[str, Column] = {
     "file": Column("file", right=False), "run": Column("run"), "system": Column("system", right=False),
     "status": Column("status", right=False), "evidence": Column("evidence", right=False), "iterations": Column("lines"),
-    "mean_s": Column("s/iter", seconds_text), "median_s": Column("median s", seconds_text), "steady_mean_s": Column("steady s", seconds_text),
-    "p95_s": Column("p95 s", seconds_text), "model_b": Column("size B", lambda value: f"{value:.3g}"), "gpus": Column("GPUs"),
+    "mean_s": Column("s/iter", seconds_text), "median_s": Column("median s", seconds_text),
+    "steady_mean_s": Column("steady s", seconds_text), "p95_s": Column("p95 s", seconds_text),
+    "model_b": Column("size B", lambda value: f"{value:.3g}"), "gpus": Column("GPUs"),
     "nodes": Column("nodes"), "dp": Column("DP"), "tp": Column("TP"), "pp": Column("PP"), "vpp": Column("VPP"), "sp": Column("SP", _yes),
     "recompute": Column("recompute", right=False), "zero": Column("ZeRO"), "bucket": Column("bucket", lambda value: f"{value:.3g}"),
     "offload": Column("offload", right=False), "partition_activations": Column("PA", _yes), "scattered_embeddings": Column("ScatEmb", _yes),
