@@ -1,8 +1,8 @@
 // Finds any of some dozens of fixed strings in text, at a few bytes a cycle whatever the text is.
 //
-// Of each anchor two neighbouring 4-byte pieces are entered into a bitmap. The text is probed at every second byte: an anchor that
-// lies there is met by one of its two pieces, and almost nothing else is, so memcmp is rare. No step depends on the one before, which
-// is what makes it fast without instructions of a particular processor.
+// Of each anchor four neighbouring 4-byte pieces are entered into a bitmap. The text is probed at every fourth byte: an anchor that
+// lies there is met by one of its pieces, and almost nothing else is, so memcmp is rare. No step depends on the one before, which
+// is what makes it fast without instructions of a particular processor. An anchor of two bytes is looked for with memchr.
 #pragma once
 
 #include <array>
@@ -16,7 +16,7 @@
 namespace megactl::native {
 
 constexpr size_t kPiece = 4;
-constexpr size_t kStride = 2;
+constexpr size_t kStride = 4;
 constexpr size_t kShortestAnchor = kPiece + kStride - 1;
 
 struct Anchor {
@@ -29,36 +29,53 @@ struct Anchor {
 class AnchorSet {
 public:
     explicit AnchorSet(std::vector<Anchor> anchors) : anchors_(std::move(anchors)), first_(kSlots, kNone) {
-        for (uint32_t index = 0; index < anchors_.size(); ++index) enter(index);
+        for (uint32_t index = 0; index < anchors_.size(); ++index) {
+            if (anchors_[index].text.size() == 2) pairs_.push_back(index);
+            else enter(index);
+        }
     }
 
-    // A place at or before the end of the first anchor wholly in [begin, end); nullptr where there is none.
+    // A place at or before the end of the first long anchor wholly in [begin, end); nullptr where there is none.
     const char* find(const char* begin, const char* end) const {
         const char* at = begin;
-        for (; end - at >= static_cast<ptrdiff_t>(4 * kStride + kPiece); at += 4 * kStride) {
-            const bool any = probe(at) | probe(at + kStride) | probe(at + 2 * kStride) | probe(at + 3 * kStride);
-            if (__builtin_expect(any, 0)) {
-                for (size_t step = 0; step < 4; ++step)
-                    if (is_met(at + step * kStride, begin, end)) return at + step * kStride;
-            }
+        for (; end - at >= kWindow; at += 4 * kStride) {
+            if (__builtin_expect(!probe4(at), 1)) continue;
+            for (size_t step = 0; step < 4; ++step)
+                if (is_met(at + step * kStride, begin, end)) return at + step * kStride;
         }
         for (; end - at >= static_cast<ptrdiff_t>(kPiece); at += kStride)
             if (probe(at) && is_met(at, begin, end)) return at;
         return nullptr;
     }
 
+    // The first anchor of two bytes in [begin, end); nullptr where there is none.
+    const char* find_pair(const char* begin, const char* end) const {
+        const char* first = nullptr;
+        for (uint32_t index : pairs_) {
+            const char* found = pair_in(anchors_[index].text, begin, first == nullptr ? end : first + 1);
+            if (found != nullptr) first = found;
+        }
+        return first;
+    }
+
     // The kinds of every anchor in [begin, end), and the first anchor of the table with lines to follow (nullptr: none).
     uint64_t kinds(const char* begin, const char* end, const Anchor** opens) const {
         uint64_t found = 0;
         uint32_t opener = kNone;
-        for (const char* at = begin; end - at >= static_cast<ptrdiff_t>(kPiece); at += kStride) {
-            if (!probe(at)) continue;
-            each_met(at, begin, end, [&](uint32_t anchor) {
-                found |= anchors_[anchor].kinds;
-                if (anchors_[anchor].follow && anchor < opener) opener = anchor;
-                return false;
-            });
+        const auto use = [&](uint32_t anchor) {
+            found |= anchors_[anchor].kinds;
+            if (anchors_[anchor].follow && anchor < opener) opener = anchor;
+            return false;
+        };
+        const char* at = begin;
+        for (; end - at >= kWindow; at += 4 * kStride) {
+            if (__builtin_expect(!probe4(at), 1)) continue;
+            for (size_t step = 0; step < 4; ++step) each_met(at + step * kStride, begin, end, use);
         }
+        for (; end - at >= static_cast<ptrdiff_t>(kPiece); at += kStride)
+            if (probe(at)) each_met(at, begin, end, use);
+        for (uint32_t index : pairs_)
+            if (pair_in(anchors_[index].text, begin, end) != nullptr) use(index);
         *opens = opener == kNone ? nullptr : &anchors_[opener];
         return found;
     }
@@ -66,6 +83,7 @@ public:
 private:
     static constexpr uint32_t kNone = 0xffffffffu;
     static constexpr size_t kSlots = 1u << 16;
+    static constexpr ptrdiff_t kWindow = 4 * kStride + kPiece;
 
     struct Entry {
         uint32_t piece, anchor, offset, next;
@@ -82,6 +100,11 @@ private:
     bool probe(const char* at) const {
         const uint32_t place = slot(load(at));
         return (bits_[place >> 6] >> (place & 63)) & 1;
+    }
+
+    // Any of four probes; none waits for another.
+    bool probe4(const char* at) const {
+        return probe(at) | probe(at + kStride) | probe(at + 2 * kStride) | probe(at + 3 * kStride);
     }
 
     template <typename Use>
@@ -102,16 +125,24 @@ private:
         return each_met(at, begin, end, [](uint32_t) { return true; });
     }
 
+    static const char* pair_in(const std::string& pair, const char* at, const char* end) {
+        for (; end - at >= 2; ++at) {
+            at = static_cast<const char*>(std::memchr(at, pair[0], static_cast<size_t>(end - at - 1)));
+            if (at == nullptr || at[1] == pair[1]) return at;
+        }
+        return nullptr;
+    }
+
     // How often a character is met in logs, roughly: which piece of an anchor is entered decides how often it is met in vain.
     static int commonness(char c) {
-        if (std::strchr(" etaoinsr0", c)) return 4;
-        if (std::strchr("ldchumpg_./1", c)) return 3;
+        if (std::strchr(" *-=etaoinsr0", c)) return 4;
+        if (std::strchr("NCLIFOldchumpg_./1", c)) return 3;
         return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ? 2 : 1;
     }
 
     void enter(uint32_t index) {
         const std::string& text = anchors_[index].text;
-        if (text.size() < kShortestAnchor) throw std::invalid_argument("anchor '" + text + "': must have at least 5 bytes");
+        if (text.size() < kShortestAnchor) throw std::invalid_argument("anchor '" + text + "': must have 2 bytes, or 7 and more");
         size_t best = 0;
         int lowest = 1 << 20;
         for (size_t offset = 0; offset + kShortestAnchor <= text.size(); ++offset) {
@@ -131,6 +162,7 @@ private:
     std::array<uint64_t, kSlots / 64> bits_{};
     std::vector<uint32_t> first_;
     std::vector<Entry> entries_;
+    std::vector<uint32_t> pairs_;
 };
 
 }  // namespace megactl::native

@@ -77,13 +77,18 @@ class FieldNames {
 public:
     int code(std::string_view key, size_t ordinal) {
         if (key.size() > kLongestKey) return kIgnored;
-        if (ordinal < last_.size() && last_[ordinal].first == key) return last_[ordinal].second;
         const int found = look_up(key);
         if (ordinal < kMostLosses * 2) {
             if (ordinal >= last_.size()) last_.resize(ordinal + 1, {std::string(), kIgnored});
             last_[ordinal] = {std::string(key), found};
         }
         return found;
+    }
+
+    // The key of that place in the last line, and its code; an empty key where there was none.
+    std::pair<std::string_view, int> expected(size_t ordinal) const {
+        if (ordinal >= last_.size()) return {{}, kIgnored};
+        return {last_[ordinal].first, last_[ordinal].second};
     }
 
     const std::vector<std::string>& losses() const { return losses_; }
@@ -122,38 +127,40 @@ private:
     std::vector<std::string> losses_;
 };
 
-// A head "iteration N/ M |" at or behind `from`: where it starts, where its fields start, and its numbers.
+// A head "iteration N/ M |": where its fields start, and its numbers.
 struct Head {
-    size_t start = 0, fields = 0;
+    size_t fields = 0;
     int64_t iteration = 0, total = -1;
 };
 
-inline bool find_head(std::string_view line, size_t from, Head& head) {
+inline bool find_head(std::string_view line, Head& head) {
     static constexpr std::string_view kWord = "iteration";
-    for (size_t at = line.find(kWord, from); at != std::string_view::npos; at = line.find(kWord, at + 1)) {
-        size_t place = at + kWord.size();
-        const auto blanks = [&] {
-            const size_t before = place;
-            while (place < line.size() && is_blank(line[place])) ++place;
-            return place - before;
-        };
-        const auto digits = [&] {
-            const size_t before = place;
-            while (place < line.size() && is_digit(line[place])) ++place;
-            return line.substr(before, place - before);
-        };
-        if (blanks() == 0 || !parse_count(digits(), head.iteration)) continue;
-        blanks();
-        if (place >= line.size() || line[place++] != '/') continue;
-        blanks();
-        if (line.substr(place, 8) == "infinity") {  // forks that train without an end
-            place += 8, head.total = -1;
+    const char *at = line.data(), *const end = at + line.size();
+    const auto digits = [&] {
+        const char* const before = at;
+        while (at < end && is_digit(*at)) ++at;
+        return std::string_view(before, static_cast<size_t>(at - before));
+    };
+    const auto skip_blanks = [&] {
+        while (at < end && is_blank(*at)) ++at;
+    };
+    while ((at = static_cast<const char*>(memmem(at, static_cast<size_t>(end - at), kWord.data(), kWord.size()))) != nullptr) {
+        at += kWord.size();
+        if (at == end || !is_blank(*at)) continue;
+        skip_blanks();
+        if (!parse_count(digits(), head.iteration)) continue;
+        skip_blanks();
+        if (at == end || *at != '/') continue;
+        ++at;
+        skip_blanks();
+        if (end - at >= 8 && std::memcmp(at, "infinity", 8) == 0) {  // forks that train without an end
+            at += 8, head.total = -1;
         } else if (!parse_count(digits(), head.total)) {
             continue;
         }
-        blanks();
-        if (place >= line.size() || line[place] != '|') continue;
-        head.start = at, head.fields = place + 1;
+        skip_blanks();
+        if (at == end || *at != '|') continue;
+        head.fields = static_cast<size_t>(at + 1 - line.data());
         return true;
     }
     return false;
@@ -168,30 +175,52 @@ inline bool split_field(std::string_view piece, std::string_view& key, std::stri
     return true;
 }
 
-// Reads `fields` ("key: value | key: value |") into `row`. A field without its closing bar was cut, and its number with it.
-inline void read_fields(std::string_view fields, FieldNames& names, Iteration& row, bool& own) {
-    size_t ordinal = 0;
-    for (size_t start = 0;;) {
-        const size_t bar = fields.find('|', start);
-        if (bar == std::string_view::npos) return;
-        std::string_view key, value;
-        double number;
-        const bool is_field = split_field(fields.substr(start, bar - start), key, value);
-        start = bar + 1;
-        if (!is_field) continue;
-        const int code = names.code(key, ordinal++);
-        if (code == kIgnored || !parse_number(value, number)) continue;
-        if (code == kOwnMark) {
-            own = true;
-        } else if (code >= kFirstLoss) {
-            const size_t loss = static_cast<size_t>(code - kFirstLoss);
-            if (loss >= row.losses.size()) row.losses.resize(loss + 1, std::numeric_limits<double>::quiet_NaN());
-            if (std::isnan(row.losses[loss])) row.losses[loss] = number;
-        } else {
-            double& place = row.values[code == kMilliseconds ? kSeconds : code];
-            if (std::isnan(place)) place = code == kMilliseconds ? number / 1000.0 : number;
-        }
+inline void set_once(double& place, double number) {
+    if (std::isnan(place)) place = number;
+}
+
+inline void store_field(int code, double number, Iteration& row, bool& own) {
+    if (code == kOwnMark) {
+        own = true;
+    } else if (code >= kFirstLoss) {
+        const size_t loss = static_cast<size_t>(code - kFirstLoss);
+        if (loss >= row.losses.size()) row.losses.resize(loss + 1, std::numeric_limits<double>::quiet_NaN());
+        set_once(row.losses[loss], number);
+    } else if (code == kMilliseconds) {
+        set_once(row.values[kSeconds], number / 1000.0);
+    } else if (code != kIgnored) {
+        set_once(row.values[code], number);
     }
+}
+
+// Reads `fields` ("key: value | key: value |") into `row`, up to the next head, which ranks that write over each other put into the
+// same line; true where there is one, and `fields` is then what is behind it. A field without its closing bar was cut, and its
+// number with it.
+inline bool read_fields(std::string_view& fields, FieldNames& names, Iteration& row, Head& next, bool& own) {
+    const char *at = fields.data(), *const end = at + fields.size();
+    for (size_t ordinal = 0; at < end;) {
+        const auto [expected, expected_code] = names.expected(ordinal);
+        double number;
+        if (!expected.empty() && scan_field(at, end, expected, number)) {
+            if (at++ == end) return false;
+            store_field(expected_code, number, row, own);
+            ++ordinal;
+            continue;
+        }
+        const char* bar = static_cast<const char*>(std::memchr(at, '|', static_cast<size_t>(end - at)));
+        if (bar == nullptr) return false;
+        const std::string_view piece(at, static_cast<size_t>(bar - at));
+        at = bar + 1;
+        if (find_head(std::string_view(piece.data(), piece.size() + 1), next)) {
+            fields = std::string_view(at, static_cast<size_t>(end - at));
+            return true;
+        }
+        std::string_view key, value;
+        if (!split_field(piece, key, value)) continue;
+        const int code = names.code(key, ordinal++);
+        if (code != kIgnored && parse_number(value, number)) store_field(code, number, row, own);
+    }
+    return false;
 }
 
 // DeepSpeed's pipeline engine keeps scale, norm and zeros to itself; Megatron then prints -1 and zeros in their place.
@@ -222,8 +251,8 @@ public:
         }
     }
 
-    // "    name .........: (1.0, 2.0)", of which the largest over the ranks is kept, and where `plain` also "    name .....: 2.0".
-    void read_rows(std::string_view line, int64_t number, bool terminated, bool plain) {
+    // "    name .........: (1.0, 2.0)", of which the largest over the ranks is kept, or "    name .........: 2.0".
+    void read_rows(std::string_view line, int64_t number, bool terminated) {
         static constexpr std::string_view kMark = "...: ";
         for (size_t at = line.find(kMark); at != std::string_view::npos; at = line.find(kMark, at + kMark.size())) {
             size_t start = at;
@@ -234,7 +263,7 @@ public:
             while (first > 0 && end - first < kLongestKey && !is_blank(line[first - 1])) --first;
             const std::string_view name = line.substr(first, end - first);
             double milliseconds;
-            if (is_timer_name(name) && row_value(line.substr(at + kMark.size()), terminated, plain, milliseconds))
+            if (is_timer_name(name) && row_value(line.substr(at + kMark.size()), terminated, milliseconds))
                 add(name, number, milliseconds);
         }
     }
@@ -249,20 +278,21 @@ public:
 
 private:
     void read_pieces(std::string_view pieces, int64_t number, bool terminated) {
-        for (size_t ordinal = 0; !pieces.empty(); ++ordinal) {
-            const size_t bar = pieces.find('|');
-            const bool is_last = bar == std::string_view::npos;
-            if (is_last && !terminated) return;
-            const std::string_view piece = is_last ? pieces : pieces.substr(0, bar);
-            pieces.remove_prefix(is_last ? pieces.size() : bar + 1);
-            std::string_view key, value;
+        const char *at = pieces.data(), *const end = at + pieces.size();
+        for (size_t ordinal = 0; at < end; ++ordinal) {
             double milliseconds;
-            if (!split_field(piece, key, value) || !parse_number(value, milliseconds)) return;
-            if (ordinal < last_.size() && timers_[last_[ordinal]].name == key) {
+            if (ordinal < last_.size() && scan_field(at, end, timers_[last_[ordinal]].name, milliseconds)) {
+                if (at++ == end && !terminated) return;
                 push(last_[ordinal], number, milliseconds);
                 continue;
             }
-            if (!is_timer_name(key)) return;
+            const char* bar = static_cast<const char*>(std::memchr(at, '|', static_cast<size_t>(end - at)));
+            if (bar == nullptr && !terminated) return;
+            const char* stop = bar == nullptr ? end : bar;
+            std::string_view key, value;
+            const bool is_field = split_field(std::string_view(at, static_cast<size_t>(stop - at)), key, value);
+            if (!is_field || !parse_number(value, milliseconds) || !is_timer_name(key)) return;
+            at = stop + 1;
             const size_t place = add(key, number, milliseconds);
             if (place == kMostTimers) continue;
             if (ordinal == last_.size()) last_.push_back(place);
@@ -270,10 +300,10 @@ private:
         }
     }
 
-    static bool row_value(std::string_view rest, bool terminated, bool plain, double& milliseconds) {
+    static bool row_value(std::string_view rest, bool terminated, double& milliseconds) {
         if (rest.empty() || rest.front() != '(') {
             const size_t stop = rest.find_first_of(" \t");
-            if (!plain || (stop == std::string_view::npos && !terminated)) return false;
+            if (stop == std::string_view::npos && !terminated) return false;
             return parse_number(rest.substr(0, stop), milliseconds);
         }
         const size_t close = rest.substr(0, 2 * kLongestNumber + 4).find(')');

@@ -22,14 +22,13 @@ namespace megactl::native {
 // Bits of kinds that the scanner acts on itself; the rest only go into notes.
 constexpr uint64_t kIterationLine = 1u << 0;
 constexpr uint64_t kTimerLine = 1u << 1;
-constexpr uint64_t kTimerRow = 1u << 2;
-constexpr uint64_t kAcrossRanks = 1u << 3;
+constexpr uint64_t kAcrossRanks = 1u << 2;  // the lines that follow may be rows of timers
 constexpr uint64_t kBlockLine = 1u << 4;   // in notes: the line follows an anchor that has lines to follow
 constexpr uint64_t kRewind = 1u << 5;      // in notes: the iteration number fell without a new start
 constexpr uint64_t kFirst = 1u << 8;       // in notes: the first iteration line since a start
 constexpr uint64_t kStart = 1u << 6;       // a run starts: its iterations are not compared with the ones before
 constexpr uint64_t kInterruption = 1u << 7;  // a save or an evaluation: the next iteration's time may contain it
-constexpr uint64_t kActedOn = kIterationLine | kTimerLine | kTimerRow | kAcrossRanks | kStart | kInterruption;
+constexpr uint64_t kActedOn = kIterationLine | kTimerLine | kAcrossRanks | kStart | kInterruption;
 
 struct Note {
     int64_t line;
@@ -116,22 +115,37 @@ private:
 
     // Whole lines: jumps from anchor to anchor, line by line only where lines follow an anchor.
     void scan_lines(const char* begin, const char* end) {
-        const char *at = begin, *counted = begin, *newline = nullptr;
+        // What was found further on is remembered: looked for again from every line, it would cost a pass over the text each time.
+        const char *at = begin, *counted = begin, *newline = begin, *pair = begin, *anchor = begin;
         while (at < end) {
-            const char* hit = left_ > 0 ? at : anchors_.find(at, end);
-            if (hit == nullptr) break;
-            const char* start = hit;
-            while (start > at && start[-1] != '\n' && start[-1] != '\r') --start;
-            // The next newline is remembered: in text broken by carriage returns alone it would be looked for again and again.
-            if (newline == nullptr || newline < hit) newline = find_byte(hit, end, '\n');
+            if (anchor < at || anchor == begin) anchor = found_or(anchors_.find(at, end), end);
+            if (pair < at || pair == begin) pair = found_or(anchors_.find_pair(at, end), end);
+            const char* hit = left_ > 0 ? at : std::min(anchor, pair);
+            if (hit == end) break;
+            const char* start = line_start(at, hit);
+            if (newline < hit || newline == begin) newline = find_byte(hit, end, '\n');
             const char* stop = find_byte(hit, newline, '\r');
-            line_ += std::count(counted, start, '\n');
+            line_ += count_newlines(counted, start);
             counted = start;
             const size_t size = static_cast<size_t>(stop - start);
             read_line(std::string_view(start, std::min(size, cap_)), line_, size <= cap_);
             at = stop + 1;
         }
-        line_ += std::count(counted, end, '\n');
+        line_ += count_newlines(counted, end);
+    }
+
+    static const char* found_or(const char* found, const char* end) { return found == nullptr ? end : found; }
+
+    // Behind the last break in [begin, at), eight bytes at a time: a byte is zero in `x ^ pattern` where a break is.
+    static const char* line_start(const char* begin, const char* at) {
+        constexpr uint64_t kOnes = 0x0101010101010101u, kHigh = 0x8080808080808080u;
+        for (uint64_t word; at - begin >= 8; at -= 8) {
+            std::memcpy(&word, at - 8, 8);
+            const uint64_t newline = word ^ (kOnes * '\n'), carriage = word ^ (kOnes * '\r');
+            if ((((newline - kOnes) & ~newline) | ((carriage - kOnes) & ~carriage)) & kHigh) break;
+        }
+        while (at > begin && at[-1] != '\n' && at[-1] != '\r') --at;
+        return at;
     }
 
     static const char* find_byte(const char* at, const char* end, char byte) {
@@ -148,32 +162,29 @@ private:
         if (kinds & kStart) recent_.clear(), last_iteration_ = -1;
         if (kinds & kIterationLine) read_iterations(line, number);
         if (kinds & kTimerLine) timers_.read_line(line, number, terminated);
-        across_ |= (kinds & kAcrossRanks) != 0;
-        if (kinds & kTimerRow) timers_.read_rows(line, number, terminated, across_);
+        if ((kinds & kAcrossRanks) || (in_block && block_->kinds & kAcrossRanks)) timers_.read_rows(line, number, terminated);
         interrupted_ |= (kinds & kInterruption) != 0;
+        const bool noted = in_block && !(block_->kinds & kAcrossRanks);
         if (in_block) leave_block(line);
-        if (opens != nullptr) left_ = opens->follow, until_ = &opens->until;
-        if ((kinds & ~kActedOn) || in_block) notes_.push_back({number, kinds | (in_block ? kBlockLine : 0), std::string(line)});
+        if (opens != nullptr) left_ = opens->follow, block_ = opens;
+        if ((kinds & ~kActedOn) || noted) notes_.push_back({number, kinds | (noted ? kBlockLine : 0), std::string(line)});
     }
 
     void leave_block(std::string_view line) {
         --left_;
-        if (!until_->empty() && line.find(*until_) != std::string_view::npos) left_ = 0;
+        if (!block_->until.empty() && line.find(block_->until) != std::string_view::npos) left_ = 0;
     }
 
     void read_iterations(std::string_view line, int64_t number) {
         const std::string_view content = trimmed(line);
         if (!content.empty() && content.front() == '#') return;  // a job script's own comments, printed into its log
         Head head, next;
-        bool more = find_head(line, 0, head);
-        while (more) {
-            more = find_head(line, head.fields, next);
-            const size_t end = more ? next.start : line.size();
+        bool more = find_head(line, head);
+        for (std::string_view fields = line.substr(more ? head.fields : 0); more; head = next) {
             row_.reset(names_.losses().size());
-            read_fields(line.substr(head.fields, end - head.fields), names_, row_, own_);
+            more = read_fields(fields, names_, row_, next, own_);
             row_.iteration = head.iteration, row_.total = head.total;
             if (!std::isnan(row_.values[kSeconds])) add_row(line, number);
-            head = next;
         }
     }
 
@@ -226,8 +237,8 @@ private:
     int64_t line_ = 1;
 
     uint32_t left_ = 0;  // lines still to come of a block
-    const std::string* until_ = nullptr;
-    bool across_ = false, interrupted_ = false, own_ = false;
+    const Anchor* block_ = nullptr;  // the anchor that opened it
+    bool interrupted_ = false, own_ = false;
 
     FieldNames names_;
     Iteration row_;

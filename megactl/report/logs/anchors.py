@@ -1,6 +1,6 @@
 """Which lines of a log are looked at: fixed strings, and what a line that holds one of them is.
 
-A new format starts here with its anchors (five bytes at least, and rare in what else is printed); see docs/logs.md.
+A new format starts here with its anchors: seven bytes at least, or two that are very rare together; see docs/logs.md.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ class Kind(IntFlag):
 
     ITERATION = 1 << 0
     TIMER_LINE = 1 << 1
-    TIMER_ROW = 1 << 2
-    ACROSS_RANKS = 1 << 3
+    ACROSS_RANKS = 1 << 2
     BLOCK = 1 << 4
     REWIND = 1 << 5
     START = 1 << 6
@@ -45,7 +44,7 @@ class Kind(IntFlag):
     EVENT = 1 << 30
 
 
-ACTED_ON = Kind.ITERATION | Kind.TIMER_LINE | Kind.TIMER_ROW | Kind.ACROSS_RANKS | Kind.START | Kind.INTERRUPTION
+ACTED_ON = Kind.ITERATION | Kind.TIMER_LINE | Kind.ACROSS_RANKS | Kind.START | Kind.INTERRUPTION
 
 
 class Anchor(NamedTuple):
@@ -58,20 +57,20 @@ class Anchor(NamedTuple):
 
 
 # Bounds on blocks: Megatron-LM has some 600 arguments, DeepSpeed's json some 150 lines.
-_ARGUMENT_LINES, _JSON_LINES, _REPR_LINES, _METRIC_LINES = 3000, 400, 250, 30
+_ARGUMENT_LINES, _JSON_LINES, _REPR_LINES, _METRIC_LINES, _TIMER_LINES = 3000, 400, 250, 30, 50
 
 _BLOCKS = (
     Anchor(b"- arguments -", Kind.ARGUMENTS | Kind.START, _ARGUMENT_LINES, b"end of arguments"),
     Anchor(b"TrainingArguments(", Kind.HF_ARGUMENTS, _REPR_LINES),
     Anchor(b" json = {", Kind.DEEPSPEED_CONFIG, _JSON_LINES),
     Anchor(b"train metrics *****", Kind.HF_METRICS | Kind.EVENT, _METRIC_LINES),
+    # Its lines are read by the scanner and are no notes.
+    Anchor(b"time across ranks (ms)", Kind.ACROSS_RANKS, _TIMER_LINES),
 )
 
 _LINES: tuple[tuple[Kind, tuple[bytes, ...]], ...] = (
     (Kind.ITERATION, (b"elapsed time per iteration",)),
     (Kind.TIMER_LINE, (b"time (ms)",)),
-    (Kind.TIMER_ROW, (b"...: ",)),
-    (Kind.ACROSS_RANKS, (b"time across ranks (ms)",)),
     (Kind.WORLD | Kind.START, (b"using world size",)),
     (
         Kind.PARAMETERS,
@@ -84,13 +83,13 @@ _LINES: tuple[tuple[Kind, tuple[bytes, ...]], ...] = (
     (Kind.DEEPSPEED | Kind.START, (b"DeepSpeed info: version",)),
     (Kind.DEEPSPEED_CONFIG, (b":print] ",)),
     (Kind.DEEPSPEED_STEP, (b"iter time (s):", b"SamplesPerSec=", b"], mom=[")),
-    (Kind.HF_PROGRESS, (b"s/it]", b"it/s]", b"s/it,", b"it/s,")),
+    (Kind.HF_PROGRESS, (b"%|",)),
     (Kind.HF_LOG, (b"{'loss': ", b"'train_runtime'", b"'eval_loss'")),
     (
         Kind.HF_INFO,
         (b"Running training *****", b"Total optimization steps", b"Total train batch size", b"Instantaneous batch size", b"Num examples ="),
     ),
-    (Kind.TRACE, (b"--num-layers", b"--model_name_or_path", b"_SIZE=", b"NNODES=", b"PP_CHUNKS=", b"MSIZE=", b"GPUS_PER_NODE=")),
+    (Kind.TRACE, (b"--num-layers", b"--model_name_or_path", b"TP_SIZE=", b"PP_SIZE=", b"DP_SIZE=", b"BATCH_SIZE=", b"NNODES=", b"PP_CHUNKS=", b"+ MSIZE=", b"GPUS_PER_NODE=")),
     (Kind.ACTIVATIONS, (b"Partition Activations ", b"Memory Checkpointing ")),
     (Kind.METRICS_LINE, (b'{"iteration": ', b'{"kind": "eval"')),
     (Kind.SUMMARY, (b"Effective Tera Flops", b"Checkpoint Save GB", b"MODEL_TFLOP/s/GPU")),
@@ -101,7 +100,7 @@ _LINES: tuple[tuple[Kind, tuple[bytes, ...]], ...] = (
             *(b"out of memory", b"OutOfMemory", b"oom-kill", b"oom_kill", b"ut Of Memory", b"ut of memory: Kill", b"OUT_OF_MEMORY"),
             *(b"return code = -9", b"exitcode: -9", b"exitcode  : -9", b"(SIGKILL)", b"Cannot allocate memory", b"allocate memory:"),
             *(b"CANCELLED AT", b"NODE FAILURE", b"PREEMPTION", b"ECC error", b"NVRM: Xid", b"illegal memory access", b"Bus error"),
-            *(b"Segmentation fault", b"launch failure", b"device-side assert", b"NCCL error", b"Watchdog caught", b"DistBackendError"),
+            *(b"Segmentation fault", b"launch failure", b"device-side assert", b"L error in:", b"Watchdog caught", b"DistBackendError"),
             *(b"ncclSystemError", b"ncclInternalError", b"ncclRemoteError", b"ncclUnhandledCudaError", b"Connection closed by"),
             *(b"initializing process group", b"AssertionError", b"Error: ", b"error: ", b"Exception: ", b"ChildFailedError"),
             *(b"Traceback (most recent", b"KeyboardInterrupt", b"core dumped", b"terminate called", b"already at minimum"),

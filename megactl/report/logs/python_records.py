@@ -136,8 +136,8 @@ def _pieces(pieces: list[bytes], terminated: bool) -> Iterator[tuple[bytes, floa
         yield field[0], number
 
 
-def timer_rows(line: bytes, terminated: bool, plain: bool) -> Iterator[tuple[bytes, float]]:
-    """(name, milliseconds) of "name .....: (1.0, 2.0)", the largest over ranks, and where `plain` of "name .....: 2.0"."""
+def timer_rows(line: bytes, terminated: bool) -> Iterator[tuple[bytes, float]]:
+    """(name, milliseconds) of "name .....: (1.0, 2.0)", the largest over ranks, and of "name .....: 2.0"."""
     at = line.find(_ROW_MARK)
     while at >= 0:
         start = at
@@ -146,16 +146,16 @@ def timer_rows(line: bytes, terminated: bool, plain: bool) -> Iterator[tuple[byt
         if start >= 2 and line[start - 1] == _SPACE:
             name = _BLANK.split(line[max(0, start - 1 - LONGEST_KEY) : start - 1])[-1]
             # One byte more than a number may have, so that a longer one is seen to be longer.
-            number = _row_value(line[at + len(_ROW_MARK) : at + len(_ROW_MARK) + 2 * LONGEST_NUMBER + 4], terminated, plain)
+            number = _row_value(line[at + len(_ROW_MARK) : at + len(_ROW_MARK) + 2 * LONGEST_NUMBER + 4], terminated)
             if number is not None and _TIMER_NAME.fullmatch(name):
                 yield name, number
         at = line.find(_ROW_MARK, at + len(_ROW_MARK))
 
 
-def _row_value(rest: bytes, terminated: bool, plain: bool) -> float | None:
+def _row_value(rest: bytes, terminated: bool) -> float | None:
     if not rest.startswith(b"("):
         word = _BLANK.split(rest, maxsplit=1)
-        return parse_number(word[0]) if plain and (len(word) > 1 or terminated) else None
+        return parse_number(word[0]) if len(word) > 1 or terminated else None
     inside, closed, _ = rest.partition(b")")
     lowest, comma, highest = inside[1:].partition(b", ")
     return parse_number(highest) if closed and comma and parse_number(lowest) is not None else None

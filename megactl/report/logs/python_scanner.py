@@ -41,8 +41,8 @@ class PythonScanner:
         self._open = self._cut = False
         self.line = 1
         self.duplicates = 0
-        self._left, self._until = 0, b""
-        self._across = self._interrupted = False
+        self._left, self._block = 0, ANCHORS[0]
+        self._interrupted = False
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=_RECENT)
         self._last_iteration = -1
         self._rows: list[tuple[Iteration, int, bool]] = []
@@ -145,16 +145,18 @@ class PythonScanner:
             kinds |= anchor.kinds
         if b"\x1b" in line:
             line = _ESCAPE.sub(b"", line)
-        self._act(kinds, line, number, terminated)
+        is_rows = in_block and bool(self._block.kinds & Kind.ACROSS_RANKS)
+        self._act(kinds | (Kind.ACROSS_RANKS if is_rows else Kind(0)), line, number, terminated)
+        noted = in_block and not is_rows
         if in_block:
             self._left -= 1
-            if self._until and self._until in line:
+            if self._block.until and self._block.until in line:
                 self._left = 0
         opens = next((anchor for anchor in met if anchor.follow), None)
         if opens is not None:
-            self._left, self._until = opens.follow, opens.until
-        if kinds & ~ACTED_ON or in_block:
-            self._note(number, kinds | (Kind.BLOCK if in_block else Kind(0)), line)
+            self._left, self._block = opens.follow, opens
+        if kinds & ~ACTED_ON or noted:
+            self._note(number, kinds | (Kind.BLOCK if noted else Kind(0)), line)
 
     def _act(self, kinds: Kind, line: bytes, number: int, terminated: bool) -> None:
         if kinds & Kind.START:
@@ -165,9 +167,8 @@ class PythonScanner:
                 self._add_row(row, line, number)
         if kinds & Kind.TIMER_LINE:
             self._add_timers(timers_of_line(line, terminated), number)
-        self._across |= bool(kinds & Kind.ACROSS_RANKS)
-        if kinds & Kind.TIMER_ROW:
-            self._add_timers(timer_rows(line, terminated, self._across), number)
+        if kinds & Kind.ACROSS_RANKS:
+            self._add_timers(timer_rows(line, terminated), number)
         self._interrupted |= bool(kinds & Kind.INTERRUPTION)
 
     def _note(self, number: int, kinds: Kind, line: bytes) -> None:
