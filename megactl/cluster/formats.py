@@ -128,6 +128,8 @@ def _mount(text: str) -> Broken:
 def _path(text: str) -> Broken:
     if text.startswith("~") or "$" in text:
         return "stands quoted in the script, where ~ and $ are not expanded", "write the whole path"
+    if text.startswith("-"):
+        return "must not begin with a dash, which would make it an option", f"use ./{text}"
     return None
 
 
