@@ -34,7 +34,7 @@ COMMON: dict[str, Any] = {
 # What the published scripts ask Slurm for; and no save before the time is up, since what counts is measured by then.
 CLUSTER: dict[str, Any] = {
     "gpus_per_node": GPUS_PER_NODE,
-    "time": "30",
+    "time": "00:30:00",
     "exclusive": True,
     "memory": "0",
     "signal": "none",

@@ -41,6 +41,15 @@ def seconds_of(text: str) -> int | None:
     return numbers[0] * 60 + (numbers[1] if len(numbers) == 2 else 0)
 
 
+def clock(seconds: int | None) -> str:
+    """A time limit in the one form that nobody misreads: [D-]HH:MM:SS. (A bare number is minutes to Slurm.)"""
+    if seconds is None:
+        return "UNLIMITED"
+    days, rest = divmod(seconds, 86_400)
+    text = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}-{text}" if days else text
+
+
 def _time(text: str) -> Broken:
     example = "such as 30 (minutes), 24:00:00 or 2-12"
     try:

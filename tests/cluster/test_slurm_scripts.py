@@ -237,7 +237,7 @@ def test_an_interactive_script_asks_for_nodes_and_runs_in_them(cluster, rendered
     ran = cluster.run(text, SLURM_JOB_ID=None)
     (call,) = ran.of("salloc")
     assert call[:2] == ["--job-name=gpt-tiny", "--nodes=2"] and call[-2:] == ["bash", str(cluster.folder / "script.sh")]
-    assert "--constraint=a&b" in call and "--time=30" in call and "--requeue" not in call
+    assert "--constraint=a&b" in call and "--time=00:30:00" in call and "--requeue" not in call
     inside = cluster.run(text, SRUN_CODE=75, SUMMARY=summary("saved", 3))
     assert len(inside.of("srun")) == 1 and not inside.of("salloc") and inside.code == 75
     assert ["requeue", "4711"] not in inside.of("scontrol")
