@@ -227,6 +227,8 @@ def test_a_sweep_is_an_array_with_a_folder_a_point(cluster, rendered):
     assert seen == {
         f"runs/gpt-tiny-job50/lr-{lr}_seed-{seed}": ["--lr", lr, "--seed", str(seed)] for lr in ("1e-4", "3e-4") for seed in (1, 2)
     }
+    ran = cluster.run(text, SLURM_ARRAY_JOB_ID=50, SLURM_ARRAY_TASK_ID=3, SLURM_JOB_ID=50, SRUN_CODE=75)
+    assert ran.of("scontrol")[-1] == ["requeue", "50_3"], "50 alone would requeue every task of the array"
     ran = cluster.run(text, SLURM_ARRAY_JOB_ID=50, SLURM_ARRAY_TASK_ID=9)
     assert ran.code == 2 and not ran.of("srun") and "no point 9" in ran.stderr
 
