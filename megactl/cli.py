@@ -31,7 +31,7 @@ COMMANDS: dict[str, Row] = {
     "data": Row("megactl.commands.data:app", "Turn text into token files, inspect them, train a tokenizer."),
     "generate": Row("megactl.commands.generate:generate", "Sample text from what was trained."),
     "report": Row("megactl.commands.report:report", "A page with plots of a run."),
-    "slurm": Row("megactl.commands.slurm:app", "Write Slurm scripts for a run, a sweep, or the SC21 experiments."),
+    "slurm": Row("megactl.commands.slurm:app", "Write, check and submit Slurm scripts."),
     "bench": Row("megactl.commands.bench:app", "Time the compiled operators beside torch's."),
 }
 
