@@ -35,7 +35,7 @@ COMMANDS: dict[str, Row] = {
     "checkpoint": Row("megactl.commands.checkpoint:app", "Look into checkpoints, of megactl and of other systems."),
     "parse-logs": Row("megactl.commands.parse_logs:parse_logs", "A table, curves and comparisons out of training logs."),
     "report": Row("megactl.commands.report:report", "A page with plots of a run."),
-    "slurm": Row("megactl.commands.slurm:app", "Write Slurm scripts for a run, a sweep, or the SC21 experiments."),
+    "slurm": Row("megactl.commands.slurm:app", "Write, check and submit Slurm scripts."),
     "bench": Row("megactl.commands.bench:app", "Time the compiled operators beside torch's."),
 }
 

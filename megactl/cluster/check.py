@@ -84,6 +84,10 @@ def _relations(cluster: LoadedCluster) -> Iterator[Problem]:
     if limit is not None and slurm.signal != "none" and signal_seconds(slurm.signal) >= limit:
         rule = f"is sent {signal_seconds(slurm.signal)} s before a time limit of {limit} s, so before the run begins"
         yield Problem(f"{cluster.show('signal')} with {cluster.show('time')}", rule, "use a longer --time, or a smaller number of seconds")
+    if slurm.launcher == "torchrun" and cluster.origins["signal"] != "default" and slurm.signal != "none":
+        rule = "torchrun ends its ranks on a signal, without a save"
+        where = f"{cluster.show('signal')} with {cluster.show('launcher')}"
+        yield Problem(where, rule, "leave --signal out: with --time, or --exit-duration, the ranks watch the time themselves")
     if slurm.gpus_per_node and slurm.ntasks_per_node is not None and slurm.ntasks_per_node != slurm.gpus_per_node:
         rule = "a rank has one GPU, and each GPU one rank"
         where = f"{cluster.show('ntasks_per_node')} with {cluster.show('gpus_per_node')}"

@@ -41,6 +41,15 @@ def seconds_of(text: str) -> int | None:
     return numbers[0] * 60 + (numbers[1] if len(numbers) == 2 else 0)
 
 
+def clock(seconds: int | None) -> str:
+    """A time limit in the one form that nobody misreads: [D-]HH:MM:SS. (A bare number is minutes to Slurm.)"""
+    if seconds is None:
+        return "UNLIMITED"
+    days, rest = divmod(seconds, 86_400)
+    text = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}-{text}" if days else text
+
+
 def _time(text: str) -> Broken:
     example = "such as 30 (minutes), 24:00:00 or 2-12"
     try:
@@ -128,6 +137,8 @@ def _mount(text: str) -> Broken:
 def _path(text: str) -> Broken:
     if text.startswith("~") or "$" in text:
         return "stands quoted in the script, where ~ and $ are not expanded", "write the whole path"
+    if text.startswith("-"):
+        return "must not begin with a dash, which would make it an option", f"use ./{text}"
     return None
 
 

@@ -110,7 +110,7 @@ def _shape(run: Run, cluster: LoadedCluster, problems: Problems) -> tuple[int, i
     """(nodes, ranks a node); (0, 0) where they are not known, which is then among the problems."""
     slurm = cluster.slurm
     ranks_per_node = slurm.gpus_per_node or slurm.ntasks_per_node
-    if slurm.gpus_per_node is None and run.training.device != "cpu":
+    if slurm.gpus_per_node is None and (run.training.device == "cuda" or (run.training.device == "auto" and ranks_per_node is None)):
         problems.found.append(Problem("--gpus-per-node", "is not set", "give the GPUs of a node, such as --gpus-per-node 8"))
         return 0, 0
     if ranks_per_node is None:
@@ -150,6 +150,7 @@ def _resolve(
     facts: dict[str, Any] = {
         "world_size": nodes * ranks_per_node,
         "local_world_size": ranks_per_node,
+        "per_node": ranks_per_node,
         "gpus": slurm.gpus_per_node or 0,
         "spawns": False,
         "vocab_size": vocabulary.size,
