@@ -33,7 +33,9 @@ COMMANDS: dict[str, Row] = {
     "model-size": Row("megactl.commands.model_size:model_size", "Parameters and bytes of a model, by part, stage and GPU."),
     "generate": Row("megactl.commands.generate:generate", "Sample text from what was trained."),
     "checkpoint": Row("megactl.commands.checkpoint:app", "Look into checkpoints, of megactl and of other systems."),
+    "parse-logs": Row("megactl.commands.parse_logs:parse_logs", "A table, curves and comparisons out of training logs."),
     "report": Row("megactl.commands.report:report", "A page with plots of a run."),
+    "slurm": Row("megactl.commands.slurm:app", "Write, check and submit Slurm scripts."),
     "bench": Row("megactl.commands.bench:app", "Time the compiled operators beside torch's."),
 }
 

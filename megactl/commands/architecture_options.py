@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from megactl.config.flags import PANELS, Flag, all_flags, given, help_text, metavar
+from megactl.commands.schema_options import flag_annotation, parameter
+from megactl.config.flags import PANELS, all_flags, given
 from megactl.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -73,23 +74,6 @@ _HEAD_WIDTH = 64
 _ASSUMED = "assumed"
 
 
-def setting_option(flag: Flag, help: str | None = None) -> Any:
-    """The Typer annotation of one flag of the schema. Numbers arrive as text: so all mistakes are worded alike and reported together."""
-    setting = flag.setting
-    shown = {
-        "help": help or help_text(setting),
-        "hidden": flag.hidden,
-        "rich_help_panel": PANELS[setting.section],
-        "metavar": metavar(setting),
-    }
-    return Annotated[bool | None if setting.type is bool else str | None, typer.Option(flag.declaration, **shown)]
-
-
-def option_parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    """A keyword parameter as Typer reads it from a signature."""
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
 @dataclass(frozen=True)
 class TextOption:
     """An option of a command's own whose value the command reads itself; `flags[0]` is how messages name it."""
@@ -110,7 +94,8 @@ def with_settings(
 ) -> Callable[[Command], Command]:
     """Give a command that ends in `**settings` the options --preset and --config, and one for each flag of the settings `names`.
 
-    `settings` then holds what `read_request` takes, and the values of `texts` by their names. `help` (a paragraph a line) and `epilog` are what --help shows around the options.
+    `settings` then holds what `read_request` takes, and the values of `texts` by their names.
+    `help` (a paragraph a line) and `epilog` are what --help shows around the options.
     """
     files = {
         "preset": Annotated[str | None, typer.Option("--preset", metavar="NAME", help="A named model, such as gpt-52b")],
@@ -120,11 +105,13 @@ def with_settings(
     def dress(function: Command) -> Command:
         hints = get_type_hints(function, include_extras=True)
         plain = inspect.signature(function).parameters.values()
-        own = [option_parameter(item.name, hints[item.name], item.default) for item in plain if item.kind is not item.VAR_KEYWORD]
-        more = [option_parameter(name, text.annotation, None) for name, text in texts.items()]
-        more += [option_parameter(name, annotation, None) for name, annotation in files.items()]
+        own = [parameter(item.name, hints[item.name], item.default) for item in plain if item.kind is not item.VAR_KEYWORD]
+        more = [parameter(name, text.annotation, None) for name, text in texts.items()]
+        more += [parameter(name, annotation, None) for name, annotation in files.items()]
         chosen = [flag for flag in all_flags() if flag.setting.name in names]
-        more += [option_parameter(flag.parameter, setting_option(flag, _HELP.get(flag.setting.name)), None) for flag in chosen]
+        for flag in chosen:
+            annotation = flag_annotation(flag, PANELS[flag.setting.section], _HELP.get(flag.setting.name))
+            more.append(parameter(flag.parameter, annotation, None))
         function.__annotations__ = {**{item.name: item.annotation for item in (*own, *more)}, "return": hints.get("return")}
         vars(function).update(__signature__=inspect.Signature([*own, *more]), command_options={"help": help, "epilog": epilog})
         return function

@@ -87,7 +87,8 @@ def _read(settings: Mapping[str, Any], *, suggest: bool) -> tuple[Request, dict[
     options = reader.options
     chosen: dict[str, Any] = {name: reader.count(name) for name in ("gpus", "gpus_per_node", "mp")}
     own = reader.quantity("gpu_memory", {"": 1.0, "gib": 1.0, "gb": 1.0}, 1e5, "a number of GiB", "check the number")
-    chosen["memory"] = own.value if own else _memory_by_name(reader, options["gpu"], own_given=options["gpu_memory"] is not None)
+    by_name = _memory_by_name(reader, options["gpu"], own_given=options["gpu_memory"] is not None)
+    chosen["memory"] = own.value if own else by_name
     for name, value in options.items():
         if value is not None and not suggest:
             reader.problems.append(Problem(reader.where(name), "is for --suggest-layout", "give that too, or leave it out"))

@@ -114,10 +114,10 @@ def _peak(reader: Reader, request: Request | None) -> dict[str, Any]:
 
     name = reader.options.get("gpu")
     precision = request.given("training.precision") if request else None
-    found: dict[str, Any] = {"name": name, "peak_tflops": None, "precision": precision, "why": None}
+    found: dict[str, Any] = {"name": name, "peak_tflops": None, "precision": precision, "given": False, "why": None}
     own = reader.quantity("peak", {"": 1.0}, 1e5, "a number of TFLOP/s", "check the number")
     if own is not None:
-        return {**found, "peak_tflops": own.value, "precision": precision or "as given"}
+        return {**found, "peak_tflops": own.value, "given": True}
     if name is None:
         if precision is not None and request is not None and request.origins["training.precision"].startswith("flag"):
             reader.problems.append(Problem(f"--precision {precision}", "says which peak of the GPU is meant", "give --gpu too"))
@@ -127,7 +127,7 @@ def _peak(reader: Reader, request: Request | None) -> dict[str, Any]:
         return {**found, "why": f"{name} is not in the list of GPUs; give its dense peak with --peak"}
     rate, precision = row.training_peak(precision)
     why = None if rate else f"{row.name} has no {precision} rate; use --precision fp16 or give --peak"
-    return {"name": row.name, "peak_tflops": rate, "precision": precision, "why": why}
+    return {"name": row.name, "peak_tflops": rate, "precision": precision, "given": False, "why": why}
 
 
 def _document(values: Values, request: Request, gpu: dict[str, Any]) -> dict[str, Any]:
@@ -196,16 +196,16 @@ def _share(value: float | None) -> str:
 
 def _text(values: Values, request: Request, document: dict[str, Any]) -> list[str]:
     gpu = document["gpu"]
-    lines = [f"{document['tflops_per_gpu']:.1f} TFLOP/s per GPU", *columns(_rule_facts(values, document), indent="  ")]
     if gpu["peak_tflops"]:
-        named = f" ({gpu['name']}, dense {gpu['precision']})" if gpu["name"] else " (--peak)"
+        named = " (--peak)" if gpu["given"] else f" ({gpu['name']}, dense {gpu['precision']})"
         peak = f"{gpu['peak_tflops']:g} TFLOP/s{named}"
     else:
         peak = f"n/a ({gpu['why']})"
+    speed, facts = f"{document['tflops_per_gpu']:.1f} TFLOP/s per GPU", _rule_facts(values, document)
     if document["exact"] is None:
         note = "HFU, MFU and causal MFU need an architecture: --preset NAME, or --layers --hidden --vocab"
-        return [*lines, *columns([("peak:", peak)], indent="  "), note]
-    return [*lines, "", *_exact_text(request, document, peak)]
+        return [speed, *columns([*facts, ("peak:", peak)], indent="  "), note]
+    return [speed, *columns(facts, indent="  "), "", *_exact_text(request, document, peak)]
 
 
 def _rule_facts(values: Values, document: dict[str, Any]) -> list[tuple[str, str]]:
@@ -234,11 +234,9 @@ def _exact_text(request: Request, document: dict[str, Any], peak: str) -> list[s
         rows.append((name, f"{exact[f'{key}_tflops']:.2f}", _share(exact[key]), formula))
     if exact["published_selective_hfu_tflops"] is not None:
         rows.append(("", f"{exact['published_selective_hfu_tflops']:.2f}", "", "HFU as Korthikanti et al. 2022 count it: 3 F + 12 T s h l"))
-    flops = (
-        f"{count(exact['model_flops'])}FLOP an iteration, {count(exact['hardware_flops'])}FLOP with recomputation ({exact['recompute']})"
-    )
+    work = f"{exact['model_flops']:.4g} FLOPs an iteration, {exact['hardware_flops']:.4g} with recomputation ({exact['recompute']})"
     return [
         f"exact, for {count(exact['parameters'])} parameters ({shape}):",
         *columns(rows, indent="  "),
-        *columns([("forward:", f"{formulas['forward']}, for T tokens"), ("work:", flops), ("peak:", peak)], indent="  "),
+        *columns([("forward:", f"{formulas['forward']}, for T tokens"), ("work:", work), ("peak:", peak)], indent="  "),
     ]

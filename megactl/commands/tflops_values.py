@@ -15,8 +15,9 @@ FACTORS = {"none": 3, "selective": 3, "full": 4}
 """Times that the forward's FLOPs are counted: once forward, twice backward, and once more where all of it is recomputed."""
 
 _FACTOR_MEANS = {3: "no recomputation", 4: "full recomputation"}
-_MOST_SECONDS, _MOST_BILLIONS, _MOST_COUNT = 1e6, 1e5, 1e9
+_LEAST, _MOST_SECONDS, _MOST_BILLIONS, _MOST_COUNT = 1e-6, 1e6, 1e5, 1e9
 _SAME_SIZE = 0.10
+_LONGEST = 40
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,21 @@ class Reader:
         self.problems: list[Problem] = []
 
     def where(self, name: str) -> str:
-        """The option as typed."""
-        return f"{self.flags[name]} {self.options[name]}"
+        """The option as typed, if it is not endless."""
+        text = self.options[name] or ""
+        return f"{self.flags[name]} {text if len(text) <= _LONGEST else f'{text[:_LONGEST]}...'}"
 
     def quantity(self, name: str, units: Mapping[str, float], most: float, what: str, too_large: str) -> Quantity | None:
-        """The option's number above 0 and up to `most`; None where it was not given, or is a mistake."""
+        """The option's number from a millionth of a unit to `most`; None where it was not given, or is a mistake."""
         text = self.options.get(name)
         if text is None:
             return None
         found = read_quantity(text, units)
         if found is None or found.value <= 0:
             self.problems.append(Problem(self.where(name), f"must be {what} above 0", f"such as {self.flags[name]} {_EXAMPLES[name]}"))
+            return None
+        if found.value < _LEAST:
+            self.problems.append(Problem(self.where(name), f"is below {_LEAST:g}", f"such as {self.flags[name]} {_EXAMPLES[name]}"))
             return None
         if found.value > most:
             self.problems.append(Problem(self.where(name), f"is above {most:,.0f}", too_large))

@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from megactl.config.schema import Model
 from megactl.costmodel.parameters import ffn_width, is_encoder, padded_vocab, split_layers, stage_parts, vocabulary
 from megactl.errors import ConfigError, Problem
-from megactl.schedules.generators import max_live_microbatches
 
 
 @dataclass(frozen=True)
@@ -143,6 +142,9 @@ def estimate_stage(model: Model, layout: Layout, stage: int) -> MemoryEstimate:
     the compiled operators are not built, and the square that scaled_dot_product_attention stores where it has no fused kernel.
     Raises ConfigError where the layout does not divide the model.
     """
+    # The schedules take a fifth of a desk command's start, and most of those ask for no activations.
+    from megactl.schedules.generators import max_live_microbatches
+
     problems = layout.problems()
     if problems:
         raise ConfigError(problems)

@@ -37,6 +37,8 @@ _UNITS = {"billions": BILLIONS, "seconds": SECONDS}
 # "PP*TP=8*4=32" is a product, and says nothing of TP.
 _TENSOR_PARALLEL = re.compile(r"(?<![\w*-])(?:TP(?:_SIZE)? ?= ?|--tensor-model-parallel-size[ =])(\d{1,5})(?![\d*])")
 _TFLOPS: Mapping[str, float] = {"": 1.0, "tflops": 1.0, "tf": 1.0}
+# No row of results lies outside, and within no product of four overflows.
+_LEAST, _MOST = 1e-9, 1e15
 _NO_NUMBER = ("", "-", "--", "?", "n/a", "na", "nan", "tbd")
 
 
@@ -183,7 +185,7 @@ class _Reading:
         units = _UNITS.get(kind, COUNT)
         unit = _unit(self.table.header[column]) if column is not None else ""
         found = read_quantity(self.text(kind), units, default_unit=unit if unit in units else "")
-        return found if found and found.value > 0 else None
+        return found if found and _LEAST <= found.value <= _MOST else None
 
     def number(self, kind: str) -> int | None:
         found = self.quantity(kind)
@@ -269,7 +271,9 @@ def _unreadable(row: _Reading) -> str | None:
         if kind not in columns or not row.row.cell(columns[kind]):
             return f"the row ends before {row.table.header[columns[kind]]}" if kind in columns else f"{kind} is not known"
         text, header = row.text(kind), row.table.header[columns[kind]]
-        return f"{header} is {text!r}, not a number above 0" if text else f"{header} is empty"
+        absurd = (found := read_quantity(text, _UNITS.get(kind, COUNT))) is not None and found.value > 0
+        rule = f"is {text!r}, which no run has" if absurd else f"is {text!r}, not a number above 0" if text else "is empty"
+        return f"{header} {rule}"
     text = row.text("tflops")
     if text.lower() not in _NO_NUMBER and read_quantity(text, _TFLOPS) is None:
         return f"{row.table.header[columns['tflops']]} is {text!r}, not a number"

@@ -73,6 +73,20 @@ def replace_file(path: Path, data: bytes, unique: str, *, mode: int | None = Non
     sync_folder(path.parent)
 
 
+def write_output(path: Path, data: bytes) -> None:
+    """Write what a user asked for to where they asked: a file at one moment, with the permissions it has; through a link, its target.
+
+    What is no file (`/dev/stdout`, a pipe) is written to and never replaced. Raises OSError.
+    """
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        with path.open("wb") as stream:
+            stream.write(data)
+        return
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    replace_file(target, data, f"megactl-{os.getpid()}", mode=mode)
+
+
 def remove_tree(path: Path) -> None:
     """Delete a folder; one that is gone already is fine, anything else that fails raises OSError."""
     if path.exists():
