@@ -283,7 +283,7 @@ def show_estimate(estimate: CheckpointEstimate, request: Request) -> None:
     rows.append(["total", f"{estimate.total // estimate.parameters}", decimal_size(estimate.total), size(estimate.total)])
     show_table(["part", "bytes each", "size", "binary"], rows, right=(1, 2, 3))
     files = [
-        [group.system, group.name, str(group.count), both(group.each), listed_size(group.each), both(group.largest), both(group.total)]
+        [group.name, group.system, str(group.count), both(group.each), listed_size(group.each), both(group.largest), both(group.total)]
         for group in estimate.files
     ]
-    show_table(["system", "files", "count", "each", "ls -h", "largest", "together"], files, right=(2, 3, 4, 5, 6))
+    show_table(["files", "system", "count", "each", "ls -h", "largest", "together"], files, right=(2, 3, 4, 5, 6))
