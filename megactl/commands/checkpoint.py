@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from megactl.commands.architecture_options import ARCHITECTURE, Request, read_request, with_settings
-from megactl.commands.common import emit_json, say
+from megactl.commands.common import emit_json, printable, said_now_and_then, say
 from megactl.config.flags import all_flags
 from megactl.errors import CheckpointError, ConfigError, MegactlError, Problem
+from megactl.storage.foreign import Limits
 
 if TYPE_CHECKING:
     from megactl.costmodel.checkpoint import CheckpointEstimate
-    from megactl.storage.layouts import Inventory
 
 app = typer.Typer(help="Look into checkpoints of megactl and of other systems, without loading them.", no_args_is_help=True)
 
 _LAYOUT = ("parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.data_parallel", "parallel.zero", "training.precision")
 _FAILED = 1
+PICKLE_LIMIT = Limits().opcodes
+_PATH = typer.Argument(metavar="PATH...", help="Checkpoint folders, the folders above them, or single files.")
+Paths, OptionalPaths = Annotated[list[Path], _PATH], Annotated[list[Path] | None, _PATH]
+PickleLimit = Annotated[int, typer.Option("--pickle-limit", min=1000, metavar="N", help="Opcodes read of one pickle at most.")]
+Found = TypeVar("Found")
 
 _HELP = "\n\n".join(
     (
@@ -49,23 +55,21 @@ def checkpoint() -> None:
 
 @with_settings(*ARCHITECTURE, *_LAYOUT, help=_HELP, epilog=_EPILOG)
 def inspect_(
-    paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="PATH...", help="Checkpoint folders, the folders above them, or single files.")
-    ] = None,
+    paths: OptionalPaths = None,
     per_file: Annotated[bool, typer.Option("--per-file", help="A row for each file, not only for each kind.")] = False,
     per_parameter: Annotated[bool, typer.Option("--per-parameter", help="A row for each tensor and part.")] = False,
     predict: Annotated[
         bool, typer.Option("--predict", help="The size from an architecture; with PATH, compared with what is there.")
     ] = False,
-    pickle_limit: Annotated[
-        int, typer.Option("--pickle-limit", min=1000, metavar="N", help="Opcodes read of one pickle at most; more is refused.")
-    ] = 10_000_000,
+    pickle_limit: PickleLimit = PICKLE_LIMIT,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     **settings: Any,
 ) -> int:
     """Run the command; the help text is `_HELP`. Returns the exit code: 1 where anything is damaged, missing or unsafe."""
     request = _request(paths, predict, settings)
-    found, failed = _inspect_all(paths or [], pickle_limit)
+    from megactl.storage.layouts import inspect
+
+    found, failed = _each(paths or [], lambda path: inspect(path, Limits(opcodes=pickle_limit)))
     from megactl.commands import checkpoint_view as view
 
     estimate = _estimate(request) if request is not None else None
@@ -88,6 +92,41 @@ def inspect_(
 app.command("inspect", **inspect_.command_options)(inspect_)
 
 
+@app.command("verify")
+def verify_(
+    paths: Paths,
+    pickle_limit: PickleLimit = PICKLE_LIMIT,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> int:
+    """Read checkpoints back and compare every byte with the checksums they carry.
+
+    megactl's have a SHA-256 for every byte, torch's zip files a CRC-32 for every tensor, Megatron-LM's torch_dist a SHA-256 for every file
+    where it was saved with --verify-integrity. Files without checksums are checked by their structure, and counted apart. Everything that
+    `inspect` finds (missing ranks, files cut short) is reported too. Exit code 1: something is damaged, missing or unsafe.
+
+    Examples:
+
+      megactl checkpoint verify runs/gpt-345m-20261121-101112
+
+      megactl checkpoint verify runs/a/checkpoints/step-00000100 runs/a/checkpoints/step-00000200
+
+      megactl checkpoint verify /ckpt/gpt3/iter_0001000 --json | jq '.checkpoints[].ok'
+    """
+    from megactl.storage.layouts import verify
+
+    reported = said_now_and_then(lambda name: f"reading {printable(name)}")
+    found, failed = _each(paths, lambda path: verify(path, Limits(opcodes=pickle_limit), reported))
+    from megactl.commands import checkpoint_view as view
+
+    if json_:
+        documents = [view.verification_document(verification) for verification in found]
+        emit_json({"checkpoints": documents, "errors": [vars(error) for error in failed]})
+    else:
+        for verification in found:
+            view.show_verification(verification)
+    return _FAILED if failed or not all(verification.good for verification in found) else 0
+
+
 def _request(paths: list[Path] | None, predict: bool, settings: dict[str, Any]) -> Request | None:
     """The architecture to predict for. Architecture flags without --predict would do nothing, so they are refused."""
     if predict:
@@ -104,16 +143,13 @@ def _request(paths: list[Path] | None, predict: bool, settings: dict[str, Any]) 
     return None
 
 
-def _inspect_all(paths: list[Path], pickle_limit: int) -> tuple[list[Inventory], list[MegactlError]]:
-    """Inventories, and the errors of paths that hold no checkpoint. A single one's error is raised: the request was wrong."""
-    from megactl.storage.foreign import Limits
-    from megactl.storage.layouts import inspect
-
-    found: list[Inventory] = []
+def _each(paths: list[Path], work: Callable[[Path], Found]) -> tuple[list[Found], list[MegactlError]]:
+    """`work` on every path, and the errors of paths that hold no checkpoint. Where none does, the request was wrong: that is raised."""
+    found: list[Found] = []
     failed: list[MegactlError] = []
     for path in paths:
         try:
-            found.append(inspect(path, Limits(opcodes=pickle_limit)))
+            found.append(work(path))
         except CheckpointError as error:
             failed.append(error)
     if failed and not found:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from megactl.commands.common import count, decimal_size, printable, size
 from megactl.commands.tables import show_table
-from megactl.config.schema import Model
-from megactl.costmodel.checkpoint import CheckpointEstimate, Elements, listed_size, stored_elements
 from megactl.errors import ConfigError
-from megactl.storage.layouts import FileRow, Inventory
+from megactl.storage.layouts import FileRow, Inventory, Verification
 
 if TYPE_CHECKING:
     from megactl.commands.architecture_options import Request
+    from megactl.config.schema import Model
+    from megactl.costmodel.checkpoint import CheckpointEstimate, Elements
 
 _FIRST = ("weights", "master", "exp_avg", "exp_avg_sq")
 _LAST = ("rng", "other", "overhead", "unused", "unread")
@@ -44,6 +44,8 @@ def compare(inventory: Inventory, request: Request | None) -> Comparison | None:
         return Comparison("its own settings", reason=f"it has {inventory.unpredictable}") if inventory.unpredictable else None
     if inventory.unpredictable:
         return Comparison("its own settings", reason=f"it has {inventory.unpredictable}")
+    from megactl.config.schema import Model
+
     names = set(Model.__dataclass_fields__)
     values = {key.removeprefix("model."): value for key, value in settings.items() if key.startswith("model.")}
     try:
@@ -54,6 +56,9 @@ def compare(inventory: Inventory, request: Request | None) -> Comparison | None:
 
 
 def _compared(inventory: Inventory, model: Model, seq_length: int | None, source: str) -> Comparison | None:
+    # Imported here: files without an architecture are shown without the cost model.
+    from megactl.costmodel.checkpoint import stored_elements
+
     tp, pp = inventory.layout.get("tp", 1), inventory.layout.get("pp", 1)
     system = "other" if inventory.layout.get("universal") or inventory.layout.get("zero") == 3 else inventory.system
     try:
@@ -133,9 +138,13 @@ def show(inventory: Inventory, comparison: Comparison | None, *, per_file: bool,
     if per_parameter:
         _show_parameters(inventory)
     _show_comparison(comparison)
+    _show_findings(inventory)
+    print()
+
+
+def _show_findings(inventory: Inventory) -> None:
     for finding in sorted(inventory.findings, key=lambda finding: ("problem", "warning", "note").index(finding.severity)):
         print(printable(f"{finding.severity}: {f'{finding.where}: ' if finding.where else ''}{finding.message}"))
-    print()
 
 
 def both(number: int) -> str:
@@ -218,15 +227,54 @@ def _show_comparison(comparison: Comparison | None) -> None:
         names = ", ".join(part for part, *_ in comparison.rows)
         print(f"{names}: as many elements as expected, {comparison.rows[0][1]:,}, from {comparison.source}")
         return
+    groups: dict[tuple[int, int], list[str]] = {}
     for part, expected, found in comparison.rows:
+        groups.setdefault((expected, found), []).append(part)
+    for (expected, found), parts in groups.items():
         share = f"{100 * (found - expected) / expected:+.2f} %" if expected else "-"
-        print(f"expected of {part}, from {comparison.source}: {expected:,} elements; found {found:,} ({share})")
+        print(f"expected of {', '.join(parts)}, from {comparison.source}: {expected:,} elements; found {found:,} ({share})")
     if comparison.differs:
         print("warning: the checkpoint is not of the expected size")
 
 
+def verification_document(verification: Verification) -> dict[str, Any]:
+    """A verification as JSON."""
+    inventory = verification.inventory
+    return {
+        "path": str(inventory.path),
+        "system": inventory.system,
+        "iteration": inventory.iteration,
+        "ok": verification.good,
+        "bytes": inventory.size,
+        "bytes_checked": sum(check.nbytes for check in verification.files),
+        "files": [vars(check) for check in verification.files],
+        "missing": inventory.missing,
+        "findings": [vars(finding) for finding in inventory.findings],
+    }
+
+
+def show_verification(verification: Verification) -> None:
+    """Print a verification: how much was checked in which way, and what is wrong."""
+    inventory = verification.inventory
+    print(printable(f"{inventory.path}: {'good' if verification.good else 'DAMAGED'}"))
+    print(f"  {inventory.title}{_facts(inventory)}, {both(inventory.size)}")
+    for method, words in (("sha256", "SHA-256"), ("crc32", "CRC-32"), ("structure", "structure only: no checksum in these files")):
+        checks = [check for check in verification.files if check.method == method]
+        if checks:
+            amount = f", {both(sum(check.nbytes for check in checks))} read back" if method != "structure" else ""
+            print(f"  {len(checks)} file{'s' if len(checks) != 1 else ''} by {words}{amount}")
+    said = {(finding.where, finding.message) for finding in inventory.findings}
+    for check in verification.files:
+        if check.problem is not None and (check.name, check.problem) not in said:
+            print(printable(f"problem: {check.name}: {check.problem}"))
+    _show_findings(inventory)
+    print()
+
+
 def show_estimate(estimate: CheckpointEstimate, request: Request) -> None:
     """Print a prediction: parts where each parameter is stored once, and the files that each system would write."""
+    from megactl.costmodel.checkpoint import listed_size
+
     run = request.run
     layout = f"tp {run.parallel.tensor_parallel}, pp {run.parallel.pipeline_parallel}, dp {run.parallel.data_parallel or 1}"
     print(f"predicted: {count(estimate.parameters)} parameters ({estimate.parameters:,}), {run.training.precision}, {layout}")
@@ -235,7 +283,7 @@ def show_estimate(estimate: CheckpointEstimate, request: Request) -> None:
     rows.append(["total", f"{estimate.total // estimate.parameters}", decimal_size(estimate.total), size(estimate.total)])
     show_table(["part", "bytes each", "size", "binary"], rows, right=(1, 2, 3))
     files = [
-        [group.system, group.name, str(group.count), both(group.each), listed_size(group.each), both(group.largest), both(group.total)]
+        [group.name, group.system, str(group.count), both(group.each), listed_size(group.each), both(group.largest), both(group.total)]
         for group in estimate.files
     ]
-    show_table(["system", "files", "count", "each", "ls -h", "largest", "together"], files, right=(2, 3, 4, 5, 6))
+    show_table(["files", "system", "count", "each", "ls -h", "largest", "together"], files, right=(2, 3, 4, 5, 6))

@@ -67,7 +67,8 @@ def from_megatron(args: Dictionary[str, Any]) -> tuple[dict[str, Any] | None, st
     if any(settings[name] is None for name in ("model.num_layers", "model.hidden_size", "model.vocab_size")):
         return None, None
     beyond = [what for name, (fine, what) in _BEYOND.items() if name in args and args[name] not in (fine, None)]
-    bert = "bert_binary_head" in args and args.get("bert_load") is not None
+    # Every run has the options of all models; the tokenizer is what tells them apart.
+    bert = isinstance(args.get("tokenizer_type"), str) and args["tokenizer_type"].startswith("Bert")
     settings["model.architecture"] = "bert" if bert else "gpt"
     settings["model.untie_embeddings"] = args.get("untie_embeddings_and_output_weights") is True
     settings["training.precision"] = "bf16" if args.get("bf16") is True else "fp16" if args.get("fp16") is True else "fp32"
