@@ -199,6 +199,20 @@ def test_the_figure_of_each_experiment(tmp_path, name, monkeypatch):
     assert all(any(value == pytest.approx(point) for point in points) for value in expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "labels"),
+    [
+        ("figure_17", "figure_17-{}recompute-gbs8.out", {"recompute full", "recompute none"}),
+        ("figure_18", "figure_18-{}scatter-gather-gbs12.out", {"scatter-gather", "without"}),
+    ],
+)
+def test_a_series_that_no_argument_states_is_in_the_name(tmp_path, name, file, labels):
+    rows = [row_of(run(file=file.format(part), checkpoint_activations=None), Given()) for part in ("", "no-")]
+    write_experiment(rows, name, tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text()
+    assert all(f"<!-- {label} -->" in text for label in labels)
+
+
 def test_an_experiment_without_its_x_says_what_is_missing(tmp_path):
     with pytest.raises(MegactlError, match="micro-batch"):
         write_experiment([row_of(run(micro_batch_size=None), Given())], "figure_16", tmp_path / "x.png")
