@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -58,8 +59,6 @@ def test_switches(rendered):
 
 
 def test_every_setting_is_tried_by_a_test_of_this_folder():
-    from pathlib import Path
-
     text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_slurm_*.py"))
     assert [item.flag for item in slurm_settings().values() if f'"{item.flag}"' not in text and f'"--no-{item.flag[2:]}"' not in text] == []
 
@@ -320,3 +319,25 @@ def test_a_sweep_file(slurm, tmp_path):
 def test_defaults_ask_for_nothing_of_one_site():
     slurm = Slurm()
     assert (slurm.account, slurm.partition, slurm.gpus_per_node, slurm.memory, slurm.modules) == (None, None, None, None, ())
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "slurm.md").read_text(encoding="utf-8")
+
+
+def test_the_page_lists_every_setting():
+    from megactl.config.flags import reference_table
+
+    table = "\n".join(reference_table(slurm_settings().values()))
+    assert table in PAGE, "docs/slurm.md, All cluster settings: print reference_table(slurm_settings().values()) of megactl.config.flags"
+
+
+def test_the_page_shows_what_the_commands_print(slurm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.toml").write_text('[slurm]\naccount = "<account>"\npartition = "<partition>"\ngpus_per_node = 8\n')
+    blocks = re.findall(r"```\n(\$ megactl slurm .*?)```", PAGE, flags=re.S)
+    shown = [item for block in blocks for item in re.findall(r"\$ megactl slurm ([^\n]+)\n((?:(?!\$ ).*\n)*)", block)]
+    assert len(shown) == 5
+    for command, output in shown:
+        _, out, err = slurm(*shlex.split(command))
+        printed = "".join(f"{line.rstrip()}\n" for line in (out + err).splitlines() if line.strip())
+        assert printed == "".join(f"{line}\n" for line in output.splitlines() if line.strip()), command
