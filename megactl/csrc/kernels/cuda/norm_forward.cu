@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kRow < kBlock ? kBlock : kRow, 768 / (kRow < k
 
 // Thread blocks of forward_warp_kernel on a multiprocessor: as many as its registers allow.
 template <bool kRms, bool kResidual>
-constexpr int kResident = !kRms ? 4 : kResidual ? 5 : 6;
+constexpr int kResident = kRms && !kResidual ? 6 : 4;
 
 // 16-bit rows of one warp, weights of their type. Such a row is too short to hide the way to memory behind it: a warp fetches the next
 // row while it works on this one, and keeps its share of the weights in registers.
