@@ -47,7 +47,7 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def slurm(shared: Path) -> Iterator[Slurm]:
+def real_slurm(shared: Path) -> Iterator[Slurm]:
     """A real Slurm of two virtual nodes; the test is skipped where none can be started."""
     with slurm_lab(shared) as found:
         yield found

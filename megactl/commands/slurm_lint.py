@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megactl.cluster.lint import RULES, Finding, lint_text
-from megactl.cluster.lint.sources import read_source
 from megactl.commands.common import emit_json, printable, say, wants_colour
 from megactl.config.settings import nearest
 from megactl.errors import ConfigError, MegactlError, Problem
+
+if TYPE_CHECKING:
+    from megactl.cluster.lint import Finding
 
 
 def lint(
@@ -58,6 +59,8 @@ def lint(
 
 def check_ignored(names: list[str]) -> list[str]:
     """The rules that --ignore names, commas allowed. Raises ConfigError for names that no rule has."""
+    from megactl.cluster.lint import RULES
+
     known = [rule.id for rule in RULES]
     given = [name.strip() for item in names for name in item.split(",") if name.strip()]
     wrong = [name for name in given if name not in known]
@@ -70,6 +73,10 @@ def check_ignored(names: list[str]) -> list[str]:
 
 def lint_files(names: list[str], ignore: list[str]) -> tuple[dict[str, list[Finding]], list[MegactlError]]:
     """(findings of each readable file, what went wrong with the others)."""
+    # Here and not above: the rules take longer to load than all the other slurm commands need together.
+    from megactl.cluster.lint import lint_text
+    from megactl.cluster.lint.sources import read_source
+
     results: dict[str, list[Finding]] = {}
     failed: list[MegactlError] = []
     for name in names:
@@ -110,6 +117,8 @@ def _summary(results: dict[str, list[Finding]]) -> str:
 
 
 def _list_rules(json_: bool) -> int:
+    from megactl.cluster.lint import RULES
+
     if json_:
         emit_json([{"rule": rule.id, "severity": rule.severity, "summary": rule.summary} for rule in RULES])
         return 0

@@ -83,11 +83,11 @@ class Run:
 
 
 @pytest.fixture
-def run(slurm, tmp_path):
-    found = Run(slurm, tmp_path)
+def run(real_slurm, tmp_path):
+    found = Run(real_slurm, tmp_path)
     yield found
     if found.number:
-        slurm.call("scancel", "--quiet", found.number)
+        real_slurm.call("scancel", "--quiet", found.number)
 
 
 def test_two_nodes_of_two_ranks_train(run):
@@ -98,46 +98,46 @@ def test_two_nodes_of_two_ranks_train(run):
     assert {"node1", "node2"} <= set(re.findall(r"node\d", json.dumps(hosts)))
 
 
-def test_a_preempted_job_goes_on_where_it_was(run, slurm):
+def test_a_preempted_job_goes_on_where_it_was(run, real_slurm):
     number = run.submit("--iterations", "60", "--save-interval", "5")
     run.reach(12)
-    assert slurm.call("scontrol", "requeue", number).returncode == 0
+    assert real_slurm.call("scontrol", "requeue", number).returncode == 0
     job = run.finished(60)
     assert job["Restarts"] == "1"
     assert re.search(r"(resum|loaded|continu)", run.log, re.I), run.log
 
 
-def test_a_time_limit_signal_saves_requeues_and_finishes(run, slurm):
+def test_a_time_limit_signal_saves_requeues_and_finishes(run, real_slurm):
     number = run.submit("--iterations", "400", "--save-interval", "1000")
     run.reach(5)
     # One minute, of which the signal takes sixty seconds: it comes with Slurm's next look at its jobs.
-    assert slurm.call("scontrol", "update", f"JobId={number}", "TimeLimit=1").returncode == 0
+    assert real_slurm.call("scontrol", "update", f"JobId={number}", "TimeLimit=1").returncode == 0
     # The job waits a while before it starts again (cred_expire), so its summary is still that of the first start.
-    slurm.wait(number, lambda job: job["Restarts"] == "1" or run.gone(job))
+    real_slurm.wait(number, lambda job: job["Restarts"] == "1" or run.gone(job))
     assert run.summary()["status"] == "saved" and 5 <= run.iterations()[-1] == run.summary()["iterations"] < 400, run.log
-    assert slurm.call("scontrol", "update", f"JobId={number}", "TimeLimit=10").returncode == 0
+    assert real_slurm.call("scontrol", "update", f"JobId={number}", "TimeLimit=10").returncode == 0
     assert re.search(r"saved after iteration \d+; requeued, start 2 follows", run.log), run.log
     job = run.finished(400)
     assert job["Restarts"] == "1"
 
 
-def test_a_cancelled_job_does_not_come_back(run, slurm):
+def test_a_cancelled_job_does_not_come_back(run, real_slurm):
     number = run.submit("--iterations", "100000")
     run.reach(3)
-    assert slurm.call("scancel", number).returncode == 0
-    job = slurm.ended(number)
+    assert real_slurm.call("scancel", number).returncode == 0
+    job = real_slurm.ended(number)
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), run.log
-    slurm.wait(number, lambda _: not any(alive(pid) for pid in run_pids(run.folder)), limit=30)
+    real_slurm.wait(number, lambda _: not any(alive(pid) for pid in run_pids(run.folder)), limit=30)
 
 
-def test_a_dead_rank_ends_the_job_at_once_and_for_good(run, slurm):
+def test_a_dead_rank_ends_the_job_at_once_and_for_good(run, real_slurm):
     number = run.submit("--iterations", "100000")
     run.reach(3)
     os.kill(run_pids(run.folder)[3], signal.SIGKILL)
-    job = slurm.ended(number, limit=90)
+    job = real_slurm.ended(number, limit=90)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), run.log
     assert job["ExitCode"] != "0:0"
-    slurm.wait(number, lambda _: not any(alive(pid) for pid in run_pids(run.folder)), limit=30)
+    real_slurm.wait(number, lambda _: not any(alive(pid) for pid in run_pids(run.folder)), limit=30)
 
 
 def run_pids(folder: Path) -> list[int]:
@@ -153,22 +153,22 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_submit_says_what_slurm_says(run, slurm):
+def test_submit_says_what_slurm_says(run, real_slurm):
     (run.folder / "job.sh").write_text("#!/bin/bash\n#SBATCH --time=0:01:00 --nodes=5 --output=%j.out\ntrue\n")
-    done = slurm.call(sys.executable, "-m", "megactl", "slurm", "submit", "job.sh", cwd=run.folder, PYTHONPATH=str(ROOT))
+    done = real_slurm.call(sys.executable, "-m", "megactl", "slurm", "submit", "job.sh", cwd=run.folder, PYTHONPATH=str(ROOT))
     assert done.returncode == 1 and done.stdout == ""
     assert "job.sh: Slurm refuses it: " in done.stderr and "sinfo" in done.stderr
-    assert slurm.call("squeue", "-h").stdout == ""
+    assert real_slurm.call("squeue", "-h").stdout == ""
 
 
-def test_dependencies_and_folders_are_handed_over(run, slurm):
+def test_dependencies_and_folders_are_handed_over(run, real_slurm):
     for name in ("a", "b"):
         (run.folder / f"{name}.sh").write_text("#!/bin/bash\n#SBATCH --time=0:01:00 --output=%j.out\ntrue\n")
     (run.folder / "notes.txt").write_text("no script")
     first, second = json.loads(run.megactl("slurm", "submit", "--json", "--experiment", "."))["jobs"]
     assert [Path(job["file"]).name for job in (first, second)] == ["a.sh", "b.sh"]
     (third,) = json.loads(run.megactl("slurm", "submit", "--json", "a.sh", "--dependency", f"afterok:{second['job_id']}"))["jobs"]
-    assert slurm.ended(third["job_id"])["JobState"] == "COMPLETED"
+    assert real_slurm.ended(third["job_id"])["JobState"] == "COMPLETED"
     said = run.megactl("slurm", "submit", "--dry-run", "a.sh", "b.sh")
     assert said.count("not submitted (--dry-run)") == 2
 
@@ -177,12 +177,12 @@ def test_dependencies_and_folders_are_handed_over(run, slurm):
 
 
 @pytest.mark.parametrize(("text", "expected"), DIRECTIVES)
-def test_sbatch_reads_the_directives_that_lint_reads(slurm, tmp_path, text, expected):
+def test_sbatch_reads_the_directives_that_lint_reads(real_slurm, tmp_path, text, expected):
     (tmp_path / "job.sh").write_text(f"#!/bin/bash\n{text}\ntrue\n")
-    done = slurm.call("sbatch", "--parsable", "--hold", "job.sh", cwd=tmp_path)
+    done = real_slurm.call("sbatch", "--parsable", "--hold", "job.sh", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    job = slurm.job(done.stdout.strip())
-    slurm.call("scancel", done.stdout.strip())
+    job = real_slurm.job(done.stdout.strip())
+    real_slurm.call("scancel", done.stdout.strip())
     asked = dict(expected)
     assert job["NumNodes"].partition("-")[0] == asked.get("nodes", "1")
     assert job["JobName"] == asked.get("job-name", "job.sh").partition(" ")[0]
@@ -195,23 +195,23 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_what_sbatch_refuses_is_an_error_of_lint(slurm, tmp_path, text):
+def test_what_sbatch_refuses_is_an_error_of_lint(real_slurm, tmp_path, text):
     script = f"#!/bin/bash\n#SBATCH {text}\ntrue\n"
     (tmp_path / "job.sh").write_text(script)
-    assert slurm.call("sbatch", "--test-only", "job.sh", cwd=tmp_path).returncode != 0
+    assert real_slurm.call("sbatch", "--test-only", "job.sh", cwd=tmp_path).returncode != 0
     assert [item for item in lint_text(script) if item.severity == "error"]
 
 
 @pytest.mark.parametrize("text", ["\ufeff#!/bin/bash\ntrue\n", "#!/bin/bash\r\ntrue\r\n", "#SBATCH -N1\ntrue\n", "#!/bin/bash\n\0\n"])
-def test_files_that_sbatch_refuses_are_errors_of_lint(slurm, tmp_path, text):
+def test_files_that_sbatch_refuses_are_errors_of_lint(real_slurm, tmp_path, text):
     (tmp_path / "job.sh").write_bytes(text.encode())
-    assert slurm.call("sbatch", "job.sh", cwd=tmp_path).returncode != 0
+    assert real_slurm.call("sbatch", "job.sh", cwd=tmp_path).returncode != 0
     assert [item for item in lint_text(text) if item.severity == "error"]
 
 
 @pytest.mark.parametrize("tool", ["sbatch", "srun"])
-def test_every_option_of_this_slurm_is_known(slurm, tool):
-    shown = slurm.call(tool, "--help").stdout
+def test_every_option_of_this_slurm_is_known(real_slurm, tool):
+    shown = real_slurm.call(tool, "--help").stdout
     named = set(re.findall(r"^ +(?:-\w, +)?--([a-z][a-z0-9-]*)", shown, re.M))
     assert len(named) > 60
     assert named - set(options(tool)) == set()

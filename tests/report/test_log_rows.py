@@ -1,11 +1,16 @@
+import json
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from megactl.commands.common import strict
 from megactl.costmodel.flops import seed_tflops
 from megactl.errors import MegactlError
 from megactl.report.logs.figures import EXPERIMENTS, write_curves, write_experiment
 from megactl.report.logs.find import find_logs
+from megactl.report.logs.layout import NAMES
 from megactl.report.logs.records import Run
 from megactl.report.logs.rows import KEYS, Given, row_of
 
@@ -134,6 +139,33 @@ def test_files_folders_and_patterns(tmp_path):
     assert "ends in" in find_logs([f"{base}/empty"]).missing[0][1]
 
 
+NAMED = [*ARGUMENTS, *(name for names in NAMES.values() for name in names), "swiglu", "kv_channels", "ffn_hidden_size"]
+NUMBERS = st.one_of(st.integers(-2, 10**20).map(str), st.floats().map(str))
+WORDS = st.one_of(st.sampled_from(["True", "False", "None", "", "auto", "16"]), st.text(max_size=5))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    arguments=st.dictionaries(st.sampled_from(NAMED), st.one_of(NUMBERS, WORDS)),
+    times=st.lists(st.floats(), max_size=5),
+    name=st.text(max_size=40),
+    system=st.sampled_from(["megatron-lm", "hf-trainer", "unknown"]),
+    extra=st.floats(),
+)
+def test_whatever_a_log_holds_there_is_a_row(arguments, times, name, system, extra):
+    made = Run(name, 0, system=system, arguments=arguments)
+    for index, seconds in enumerate(times):
+        made.iterations.append(
+            index, seconds=seconds, global_batch=extra, nan=extra, skipped=seconds, losses={"x": extra}, tflops_logged=extra
+        )
+    made.summary["train_samples_per_second"] = extra
+    made.timers["save-checkpoint"] = [extra]
+    for stated in (Given(), Given(from_filename=True, gpu="a100", ng=8, ms=1.5, seq=128)):
+        found = row_of(made, stated).values
+        assert tuple(found) == KEYS
+        json.dumps(strict(found), allow_nan=False)
+
+
 PNG = b"\x89PNG"
 
 
@@ -165,6 +197,20 @@ def test_the_figure_of_each_experiment(tmp_path, name, monkeypatch):
     expected = [row.values["gbs"] / row.speed.mean if name == "figure_17" else row.values["exact"]["hfu_tflops"] for row in rows]
     points = [value for x, y in drawn for value in y]
     assert all(any(value == pytest.approx(point) for point in points) for value in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "labels"),
+    [
+        ("figure_17", "figure_17-{}recompute-gbs8.out", {"recompute full", "recompute none"}),
+        ("figure_18", "figure_18-{}scatter-gather-gbs12.out", {"scatter-gather", "without"}),
+    ],
+)
+def test_a_series_that_no_argument_states_is_in_the_name(tmp_path, name, file, labels):
+    rows = [row_of(run(file=file.format(part), checkpoint_activations=None), Given()) for part in ("", "no-")]
+    write_experiment(rows, name, tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text()
+    assert all(f"<!-- {label} -->" in text for label in labels)
 
 
 def test_an_experiment_without_its_x_says_what_is_missing(tmp_path):

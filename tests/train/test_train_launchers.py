@@ -146,10 +146,10 @@ def test_a_killed_rank_ends_torchrun(tmp_path):
 
 
 @pytest.mark.nightly
-def test_a_real_slurm_runs_it(tmp_path, slurm):
+def test_a_real_slurm_runs_it(tmp_path, real_slurm):
     """One srun task a rank, started without a script."""
     command = ["srun", "-N1", "-n2", "--chdir", str(tmp_path), sys.executable, "-m", "megactl", "train", *merged(TINY, ("--dp", "2"))]
-    done = slurm.call(*command, "--run-dir", str(tmp_path / "srun"), cwd=ROOT, limit=180, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    done = real_slurm.call(*command, "--run-dir", str(tmp_path / "srun"), cwd=ROOT, limit=180, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert [iteration for iteration, _ in losses(tmp_path / "srun")] == list(range(1, 7))
     assert summary(tmp_path / "srun")["world_size"] == 2

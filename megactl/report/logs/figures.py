@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megactl.errors import MegactlError
+from megactl.report.logs.layout import switch
 from megactl.report.logs.rows import Row
 from megactl.storage import durable
 
@@ -43,9 +45,19 @@ def _interleaved(row: Row) -> str:
 
 
 def _scatter_gather(row: Row) -> str:
-    return {"true": "scatter-gather", "false": "without"}.get(
-        row.source.arguments.get("scatter_gather_tensors_in_pipeline", "").lower(), "not stated"
-    )
+    stated = switch(row.source.arguments, "scatter_gather_tensors_in_pipeline")
+    return {True: "scatter-gather", False: "without"}.get(_by_name(row, "scatter-gather") if stated is None else stated, "not stated")
+
+
+def _recompute(row: Row) -> str:
+    named = {True: "full", False: "none"}.get(_by_name(row, "recompute"), "not stated")
+    return f"recompute {row.values['recompute'] or named}"
+
+
+def _by_name(row: Row, part: str) -> bool | None:
+    """Whether the file's name carries `part`, or `no-` and `part`, as the scripts of the experiments do; None where it has neither."""
+    name = os.path.basename(row.source.file)
+    return None if part not in name else f"no-{part}" not in name
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -56,7 +68,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "figure_14": Experiment("Data and pipeline parallelism", ("pp", "dp"), "(pipeline, data) parallel size", "gbs", "global batch"),
     "figure_15": Experiment("Data and tensor parallelism", ("tp", "dp"), "(tensor, data) parallel size", "gbs", "global batch"),
     "figure_16": Experiment("Micro-batch size", ("mbs",), "micro-batch (sequences)", "gbs", "global batch"),
-    "figure_17": Experiment("Activation recomputation", ("gbs",), "global batch (sequences)", "recompute", "recompute", "sequences"),
+    "figure_17": Experiment("Activation recomputation", ("gbs",), "global batch (sequences)", _recompute, y="sequences"),
     "figure_18": Experiment("Scatter-gather between pipeline stages", ("gbs",), "global batch (sequences)", _scatter_gather),
 }
 

@@ -74,6 +74,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Names under which each era of each system states a field, the one that rules the others first."""
 
+# A larger "count" is damage, and would overflow what is computed from it.
+_MOST = 1e15
 _UNSTATED = frozenset({"", "none", "null", "auto", "n/a"})
 
 
@@ -89,7 +91,7 @@ def whole(arguments: Mapping[str, str], *names: str) -> int | None:
         number = float(stated) if stated is not None else math.nan
     except ValueError:
         return None
-    return int(number) if math.isfinite(number) and number >= 0 and number == int(number) else None
+    return int(number) if 0 <= number <= _MOST and number == int(number) else None
 
 
 def switch(arguments: Mapping[str, str], *names: str) -> bool | None:

@@ -18,6 +18,9 @@ from megactl.report.logs.records import Run
 from megactl.report.logs.speed import Speed, is_time, speed_of
 from megactl.report.logs.status import status_of
 
+# What is beyond it is damage, and sums of such overflow.
+_MOST = 1e15
+
 KEYS = (
     "file", "run", "system", "status", "evidence", "iterations", "mean_s", "median_s", "steady_mean_s", "p95_s", "model_b", "gpus", "nodes",
     "dp", "tp", "pp", "vpp", "sp", "recompute", "zero", "bucket", "offload", "partition_activations", "scattered_embeddings", "mbs", "gas",
@@ -128,7 +131,7 @@ def _losses(run: Run) -> dict[str, Any]:
 
 
 def _sum(values: Sequence[float]) -> int | None:
-    counted = [value for value in values if math.isfinite(value)]
+    counted = [value for value in values if 0 <= value < _MOST]
     return int(math.fsum(counted)) if counted else None
 
 
@@ -138,7 +141,7 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except (TypeError, ValueError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < _MOST else None
 
 
 def _work(row: Row, given: Given, model: Model | None, problem: str | None) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SLOW = 1.5
+# Thirty million years. A larger number is a damaged line, and sums of such overflow.
+_MOST = 1e15
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Speed:
 
 
 def is_time(seconds: float) -> bool:
-    """Whether it can be a time: finite and above 0. A clock that was set back gives others."""
-    return math.isfinite(seconds) and seconds > 0
+    """Whether it can be a time: above 0 and no damage. A clock that was set back gives others."""
+    return 0 < seconds < _MOST
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
