@@ -107,23 +107,9 @@ def test_a_hostile_file_is_named_and_cannot_write_to_the_terminal(capsys, tmp_pa
 
 def test_own_checkpoints(capsys, tmp_path):
     pytest.importorskip("torch")
-    arguments = [
-        "--preset",
-        "gpt-tiny",
-        "--layers",
-        "2",
-        "--hidden",
-        "32",
-        "--mock-data",
-        "--device",
-        "cpu",
-        "--iterations",
-        "2",
-        "--save-interval",
-        "1",
-    ]
+    flags = "--preset gpt-tiny --layers 2 --hidden 32 --mock-data --device cpu --iterations 2 --save-interval 1 --tp 2"
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    train = [sys.executable, "-m", "megactl", "train", *arguments, "--tp", "2", "--run-dir", str(tmp_path / "run")]
+    train = [sys.executable, "-m", "megactl", "train", *flags.split(), "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(train, capture_output=True, text=True, env=environ, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     code, out, _ = run(capsys, tmp_path / "run", "--json")

@@ -43,7 +43,7 @@ def mutate(data: bytes, source: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("rounds", [25, pytest.param(1500, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("rounds", [15, pytest.param(1500, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_mutated_checkpoints(make, tmp_path, name, rounds):
     MAKERS[name](make, tmp_path)

@@ -63,7 +63,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES, st.integers(0, 5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_the_same_values_as_python(value, protocol):
     found, names = read(pickle.dumps(value, protocol=protocol))
     # bytes of protocols 0 to 2 are text that would have been encoded.
@@ -131,7 +131,7 @@ PIECES = st.one_of(
 
 
 @given(st.lists(PIECES, max_size=60))
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_opcodes_end_in_a_value_or_a_checkpoint_error(pieces):
     with contextlib.suppress(CheckpointError):
         value, _ = read(b"".join(pieces) + b".")
@@ -140,7 +140,7 @@ def test_any_opcodes_end_in_a_value_or_a_checkpoint_error(pieces):
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_bytes_end_in_a_value_or_a_checkpoint_error(data):
     with contextlib.suppress(CheckpointError):
         read(data)
