@@ -42,6 +42,7 @@ class Kind(IntFlag):
     SUMMARY = 1 << 28
     VOCABULARY = 1 << 29
     EVENT = 1 << 30
+    DEGREES = 1 << 31
 
 
 ACTED_ON = Kind.ITERATION | Kind.TIMER_LINE | Kind.ACROSS_RANKS | Kind.START | Kind.INTERRUPTION
@@ -72,6 +73,7 @@ _LINES: tuple[tuple[Kind, tuple[bytes, ...]], ...] = (
     (Kind.ITERATION, (b"elapsed time per iteration",)),
     (Kind.TIMER_LINE, (b"time (ms)",)),
     (Kind.WORLD | Kind.START, (b"using world size",)),
+    (Kind.DEGREES, (b"data_parallel_size: ",)),
     (
         Kind.PARAMETERS,
         (b"number of parameters on", b"STAGE_PARAMS=", b"total parameters ", b"trainable parameters", b"number of parameters in billions"),
@@ -84,12 +86,13 @@ _LINES: tuple[tuple[Kind, tuple[bytes, ...]], ...] = (
     (Kind.DEEPSPEED_CONFIG, (b":print] ",)),
     (Kind.DEEPSPEED_STEP, (b"iter time (s):", b"SamplesPerSec=", b"], mom=[")),
     (Kind.HF_PROGRESS, (b"%|",)),
-    (Kind.HF_LOG, (b"{'loss': ", b"'train_runtime'", b"'eval_loss'")),
+    (Kind.HF_LOG, (b"{'loss': ", b"'eval_loss'")),
+    (Kind.HF_LOG | Kind.EVENT, (b"'train_runtime'",)),
     (
         Kind.HF_INFO,
-        (b"Running training *****", b"Total optimization steps", b"Total train batch size", b"Instantaneous batch size", b"Num examples ="),
+        (b"Running training *****", b"Total optimization steps", b"Total train batch size", b"Instantaneous batch size", b"Accumulation steps =", b"Overriding config: "),
     ),
-    (Kind.TRACE, (b"--num-layers", b"--model_name_or_path", b"TP_SIZE=", b"PP_SIZE=", b"DP_SIZE=", b"BATCH_SIZE=", b"NNODES=", b"PP_CHUNKS=", b"+ MSIZE=", b"GPUS_PER_NODE=")),
+    (Kind.TRACE, (b"--num-layers", b"--model_name_or_path", b"--model_type", b"NNODES=", b"GPUS_PER_NODE=")),
     (Kind.ACTIVATIONS, (b"Partition Activations ", b"Memory Checkpointing ")),
     (Kind.METRICS_LINE, (b'{"iteration": ', b'{"kind": "eval"')),
     (Kind.SUMMARY, (b"Effective Tera Flops", b"Checkpoint Save GB", b"MODEL_TFLOP/s/GPU")),
