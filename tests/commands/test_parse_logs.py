@@ -98,7 +98,7 @@ def test_a_pattern_may_be_quoted(folder, told):
 
 def test_good_files_are_read_beside_bad_ones(folder, told):
     (folder / "empty.out").write_text("")
-    (folder / "binary.out").write_bytes(bytes(range(256)) * 64)
+    (folder / "binary.out").write_bytes(b"PK\x03\x04" + bytes(range(256)) * 64)
     code, out, err = told("a.out", "gone.out", "empty.out", "binary.out", "*.nothing", "--json")
     assert code == 1 and [row["file"] for row in json.loads(out)] == ["a.out"]
     errors = [line for line in err.splitlines() if line.startswith("error:")]
