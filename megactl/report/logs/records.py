@@ -115,6 +115,7 @@ EVENT_KINDS = (
     "stopped",
     "completed",
     "no-weights",
+    "overflow",
 )
 
 
