@@ -8,8 +8,6 @@ from parse_logs_text import iteration, log
 
 from megactl.cli import main
 
-pytest.importorskip("megactl.report.logs.reading", reason="the reader is not here yet")
-
 ARGUMENTS = {
     "world_size": 64, "tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 16, "micro_batch_size": 4,
     "global_batch_size": 1024, "seq_length": 1024, "num_layers": 64, "hidden_size": 8192, "num_attention_heads": 32,

@@ -12,8 +12,6 @@ from parse_logs_text import log
 
 from megactl.cli import main
 
-pytest.importorskip("megactl.report.logs.reading", reason="the reader is not here yet")
-
 # Layout and speed of each real log, and the row of the notes it belongs to: size, seconds and TFLOPs as printed there.
 REAL = {
     "gpt2-meg/meg_gpt2_base_n4_dp1_tp4_pp4-1809579.out#0": {
