@@ -43,15 +43,17 @@ def comparison_text(a: Row, b: Row, result: Comparison, arguments: Sequence[Diff
     work = [f"{_WORK[key]} {one:.4g} and {other:.4g}" for key, (one, other) in _different_work(a, b).items()]
     if work:
         lines.append(f"An iteration is not the same work: {', '.join(work)}. Compare TFLOPs, not seconds.")
-    if arguments:
-        there = [[text if text is not None else "(not there)" for text in (item.a, item.b)] for item in arguments]
-        changed = [(item.name, a[:60], b[:60]) for item, (a, b) in zip(arguments, there, strict=True)]
-        lines += ["", f"{len(arguments)} arguments differ:", *aligned([("", "A", "B"), *changed], indent="  ")]
-    elif a.source.arguments and b.source.arguments:
-        lines += ["", "No argument differs."]
-    else:
-        lines += ["", "At least one of the two logs states no arguments, so they are not compared."]
-    return "".join(f"{printable(line)}\n" for line in lines)
+    return "".join(f"{printable(line)}\n" for line in [*lines, "", *_argument_lines(a, b, arguments)])
+
+
+def _argument_lines(a: Row, b: Row, arguments: Sequence[Difference]) -> list[str]:
+    """What both state in different values; of what one alone states only the number, since DeepSpeed prints all of its defaults."""
+    if not (a.source.arguments and b.source.arguments):
+        return ["At least one of the two logs states no arguments, so they are not compared."]
+    both = [(item.name, item.a[:60], item.b[:60]) for item in arguments if item.a is not None and item.b is not None]
+    lines = [f"{len(both)} arguments differ:", *aligned([("", "A", "B"), *both], indent="  ")] if both else ["No argument differs."]
+    alone = {"A": sum(item.b is None for item in arguments), "B": sum(item.a is None for item in arguments)}
+    return [*lines, *(f"{side} alone states {number} more (--json lists them)." for side, number in alone.items() if number)]
 
 
 def _verdict(result: Comparison) -> str:

@@ -27,7 +27,9 @@ def _yes(value: bool) -> str:
 
 
 def seconds_text(value: float) -> str:
-    """Four digits that count: 0.661, 1.381, 128.9."""
+    """Digits that count: 0.661, 1.381, 128.9."""
+    if value < 0.1:
+        return f"{value:.2g}"
     return f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 100 else f"{value:.1f}"
 
 

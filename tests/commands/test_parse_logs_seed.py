@@ -12,8 +12,6 @@ from parse_logs_text import log
 
 from megactl.cli import main
 
-pytest.importorskip("megactl.report.logs.reading", reason="the reader is not here yet")
-
 # Layout and speed of each real log, and the row of the notes it belongs to: size, seconds and TFLOPs as printed there.
 REAL = {
     "gpt2-meg/meg_gpt2_base_n4_dp1_tp4_pp4-1809579.out#0": {
@@ -94,8 +92,9 @@ def test_a_real_log_gives_the_row_of_the_notes(rows, shared, name):
     # The notes average over every line in some rows and leave the first one out in others, and print whole seconds.
     means = [value for value in (row["mean_s"], row["steady_mean_s"]) if value is not None]
     assert any(value == pytest.approx(seconds, abs=1.0 if seconds > 10 else 0.01) for value in means), means
-    # At the speed of the notes, the TFLOPs of the notes.
-    assert row["tflops_per_gpu"] * row["mean_s"] / seconds == pytest.approx(tflops, abs=0.06)
+    # At the speed of the notes, the TFLOPs of the notes; 58 s stands for 58.8, as perl's int() has it.
+    slow, fast = (row["tflops_per_gpu"] * row["mean_s"] / (seconds + more) for more in (1 if seconds > 10 else 0, 0))
+    assert slow - 0.06 <= tflops <= fast + 0.06
 
 
 def test_the_sizes_are_those_of_the_notes(real):
@@ -108,7 +107,7 @@ def test_the_sizes_are_those_of_the_notes(real):
 def test_what_a_log_prints_of_its_speed_stays_apart(real):
     row = real["gpt2-meg-ds-zero/meg_ds_zero_gpt2_perf_n16-1999616.out#0"]
     assert row["tflops_logged"] == pytest.approx((41.31 + 39.66 + 39.74 + 40.01) / 4)
-    assert row["tflops_per_gpu"] == pytest.approx(40.2, abs=0.3) != row["tflops_logged"]
+    assert row["tflops_per_gpu"] == pytest.approx(40.2, abs=0.3) and row["tflops_per_gpu"] != row["tflops_logged"]
 
 
 TABLES = [f"003_{number:02}" for number in (*range(1, 8), *range(9, 18))]

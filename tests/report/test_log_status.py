@@ -70,6 +70,14 @@ def test_the_last_iteration_completes_a_run_that_says_nothing_more():
     assert status_of(run(("time-limit", 50, "DUE TO TIME LIMIT"), total=3)).status == "time-limit"
 
 
+def test_a_trainer_that_states_its_runtime_is_done():
+    made = run(total=-1)
+    made.summary["train_runtime"] = 559.1
+    assert status_of(made).status == "completed" and "559.1 s" in status_of(made).evidence
+    made.events.append(Event("cancelled", 50, "CANCELLED"))
+    assert status_of(made).status == "cancelled"
+
+
 def test_a_log_that_just_ends_is_not_judged():
     found = status_of(run())
     assert found.status is None and "line 30" in found.evidence and "does not say why" in found.evidence

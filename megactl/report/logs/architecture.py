@@ -33,7 +33,8 @@ def architecture_of(arguments: Mapping[str, str], seq_length: int | None) -> Arc
     """The model that `arguments` describe. A shape that is not stated is a problem, never a guess."""
     shape = {name: whole(arguments, *names) for name, names in _SHAPE.items()}
     tokenizer = text(arguments, "tokenizer_type", "tokenizer_name") or ""
-    vocab = whole(arguments, "vocab_size", "padded_vocab_size") or _VOCABULARIES.get(tokenizer)
+    # FLOPs and sizes count the vocabulary that is there, not the rows that pad it.
+    vocab = whole(arguments, "vocab_size") or _VOCABULARIES.get(tokenizer) or whole(arguments, "padded_vocab_size")
     unknown = [name for name, value in {**shape, "vocab_size": vocab, "seq_length": seq_length}.items() if not value]
     if unknown:
         return Architecture(None, f"not stated in the log: {', '.join(unknown)}")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from megactl.report.curves import Curve
+
 ENDINGS = (".png", ".svg", ".pdf")
 _POINTS = 2000
 _SHOWN = 16
@@ -79,18 +81,25 @@ def write_curves(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     drawn = [(column, label) for column, label in panels if any(_has(row, column) for row in rows)]
     if not drawn:
         raise MegactlError(f"{path}: nothing to draw: no run has an iteration with a loss or a time", "leave --plot out")
-    figure = _figure((9, 3.4 * len(drawn) + 0.8), path)
+    # A colour for each run that is drawn at all, the same in both panels.
+    shown = [(row, name) for row, name in zip(rows, names, strict=True) if any(_has(row, column) for column, _ in drawn)]
+    figure = _figure((9, 3.4 * len(drawn) + 0.25 * min(len(shown), _SHOWN)), path)
     all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (column, label) in zip(all_axes, drawn, strict=True):
-        _draw_column(axes, rows, names, column)
+        for place, (row, name) in enumerate(shown):
+            if _has(row, column):
+                _draw_run(axes, row, name, column, f"C{place % 10}")
+        _dress_curves(axes, [row for row, _ in shown], column)
         axes.set_ylabel(label)
     all_axes[-1].set_xlabel("iteration")
     figure.align_ylabels(all_axes)
-    handles, labels = max((axes.get_legend_handles_labels() for axes in all_axes), key=lambda pair: len(pair[1]))
-    if len(rows) > 1:
-        figure.legend(handles[:_SHOWN], labels[:_SHOWN], loc="outside lower center", ncols=2 if len(labels) > 4 else 1, frameon=False)
-    elif labels:
-        all_axes[0].set_title(labels[0], fontsize=10)
+    handles = {label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if len(shown) == 1:
+        all_axes[0].set_title(shown[0][1], fontsize=10)
+    else:
+        listed = [name for _, name in shown if name in handles][:_SHOWN]
+        wide = len(listed) > 4 and max(map(len, listed)) <= 40
+        figure.legend([handles[name] for name in listed], listed, loc="outside lower center", ncols=2 if wide else 1, frameon=False)
     _save(figure, path)
 
 
@@ -98,30 +107,44 @@ def _has(row: Row, column: str) -> bool:
     return any(math.isfinite(value) for value in getattr(row.source.iterations, column))
 
 
-def _draw_column(axes: Axes, rows: Sequence[Row], names: Sequence[str], column: str) -> None:
+def _draw_run(axes: Axes, row: Row, name: str, column: str, colour: str) -> None:
+    from megactl.report.curves import default_window, smoothed, thinned
+
+    raw = _curve(row, column)
+    # Only a loss has a trend under its noise; a mean of times would hide the slow iterations that one looks for.
+    window = default_window(len(raw.x)) if column == "loss" else 1
+    curve = thinned(smoothed(raw, window), _POINTS)
+    if window > 1:
+        shadow = thinned(raw, _POINTS)
+        axes.plot(shadow.x, shadow.y, color=colour, linewidth=0.6, alpha=0.25)
+    style = {"marker": "o", "markersize": 3.5} if len(curve.x) < 40 else {}
+    axes.plot(curve.x, curve.y, color=colour, linewidth=1.5, label=name, **style)
+
+
+def _curve(row: Row, column: str) -> Curve:
     import numpy as np
 
-    from megactl.report.curves import Curve, bounds, default_window, smoothed, thinned
+    from megactl.report.curves import Curve
 
-    curves = []
-    for row, name in zip(rows, names, strict=True):
-        if not _has(row, column):
-            continue
-        columns = row.source.iterations
-        raw = Curve(name, np.array(columns.iteration, dtype=float), np.array(getattr(columns, column), dtype=float))
-        # Only a loss has a trend under its noise; a mean of times would hide the slow iterations that one looks for.
-        window = default_window(len(raw.x)) if column == "loss" else 1
-        curve = thinned(smoothed(raw, window), _POINTS)
-        curves.append(curve)
-        colour = f"C{list(names).index(name) % 10}"
-        if window > 1:
-            shadow = thinned(raw, _POINTS)
-            axes.plot(shadow.x, shadow.y, color=colour, linewidth=0.6, alpha=0.25)
-        style = {"marker": "o", "markersize": 3.5} if len(curve.x) < 40 else {}
-        axes.plot(curve.x, curve.y, color=colour, linewidth=1.5, label=name, **style)
-    low, high = bounds(curves)
+    columns = row.source.iterations
+    return Curve(column, np.array(columns.iteration, dtype=float), np.array(getattr(columns, column), dtype=float))
+
+
+def _dress_curves(axes: Axes, rows: Sequence[Row], column: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    from megactl.report.curves import bounds
+
+    low, high = bounds([_curve(row, column) for row in rows if _has(row, column)])
     if low > 0 and high / low > 8:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    _plain_axes(axes)
+
+
+def _plain_axes(axes: Axes) -> None:
     axes.grid(color="#e3e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -163,9 +186,7 @@ def _dress(axes: Axes, experiment: Experiment, exact: bool, ticks: list[tuple[fl
         axes.set_xticks(values, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in values])
         axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.grid(color="#e3e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain_axes(axes)
     if any(axes.get_legend_handles_labels()[1]):
         axes.legend(frameon=False)
 

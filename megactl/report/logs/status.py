@@ -54,6 +54,8 @@ def status_of(run: Run) -> Status:
         return _from(_first(ends))
     if _finished(run):
         return Status("completed", f"{_at(run)}, the last that was asked for")
+    if "train_runtime" in run.summary:
+        return Status("completed", f"train_runtime = {run.summary['train_runtime']:g} s, which the Trainer states when training is over")
     return _without_an_event(run)
 
 
