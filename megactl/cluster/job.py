@@ -17,6 +17,9 @@ from megactl.config.validate import Resolved, resolve
 from megactl.config.vocabulary import Vocabulary, find_vocabulary
 from megactl.errors import ConfigError, Problem
 
+# How a file that is not on this machine is worded; data of the other model is there, and a mistake.
+_ABSENT = re.compile(r"^there is no .+\.idx|does not exist")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -174,7 +177,7 @@ def _vocabulary(loaded: Loaded, cluster: LoadedCluster) -> tuple[Vocabulary, lis
         return find_vocabulary(loaded.run), []
     except ConfigError as error:
         # A script may be made where the cluster's disks are not; everything else about the data is a mistake wherever it is seen.
-        if all(re.search(r"^there is no \S+\.idx|does not exist", problem.rule or problem.where) for problem in error.problems):
+        if all(_ABSENT.search(problem.rule) and "is for --model" not in problem.rule for problem in error.problems):
             return Vocabulary(), [f"{problem}: not on this machine, so it was not looked at" for problem in _short(error)]
         raise
 

@@ -7,6 +7,8 @@ import subprocess
 import pytest
 from stub_cluster import summary
 
+from megactl.config.schema import Run
+from megactl.config.settings import replace
 from megactl.config.slurm import master_port
 
 
@@ -231,6 +233,35 @@ def test_a_sweep_is_an_array_with_a_folder_a_point(cluster, rendered):
     assert ran.of("scontrol")[-1] == ["requeue", "50_3"], "50 alone would requeue every task of the array"
     ran = cluster.run(text, SLURM_ARRAY_JOB_ID=50, SLURM_ARRAY_TASK_ID=9)
     assert ran.code == 2 and not ran.of("srun") and "no point 9" in ran.stderr
+
+
+def test_a_swept_switch_is_on_and_off(cluster, rendered):
+    text = rendered("--sweep", "data.mock_data=true", "--sweep", "overlap_grad_reduce=true,false", "--sweep", "zero=1,none")
+    options = []
+    for task in range(4):
+        (call,) = cluster.run(text, SLURM_ARRAY_JOB_ID=50, SLURM_ARRAY_TASK_ID=task).of("srun")
+        options.append(call[call.index("--mock-data") + 1 :])
+    assert options == [
+        ["--overlap-grad-reduce", "--zero", "1"], ["--overlap-grad-reduce", "--set", "parallel.zero=none"],
+        ["--no-overlap-grad-reduce", "--zero", "1"], ["--no-overlap-grad-reduce", "--set", "parallel.zero=none"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (3, 1), (2, 2)])
+def test_what_srun_starts_is_what_megactl_takes_it_for(cluster, rendered, nodes, gpus):
+    """A task a node may also mean "start this node's ranks": on nodes with more GPUs than were asked for, one a node must stay one."""
+    from megactl.config.start import start_info
+
+    (call,) = cluster.run(rendered("--nodes", str(nodes), "--gpus-per-node", str(gpus))).of("srun")
+    words = train_words(call)
+    nproc = int(words[words.index("--nproc") + 1]) if "--nproc" in words else None
+    run = replace(Run(), {"training.nproc": nproc})
+    tasks = int(call[1].removeprefix("--ntasks="))
+    environ = {
+        "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "1", "SLURM_NTASKS": str(tasks), "SLURM_NNODES": str(nodes),
+        "SLURM_STEP_NODELIST": f"n[1-{nodes}]", "SLURM_STEP_TASKS_PER_NODE": f"{gpus}(x{nodes})", "SLURM_NODEID": "0", "SLURM_LOCALID": "0",
+    }  # fmt: skip
+    assert start_info(run, environ, gpus=8).world_size == nodes * gpus == tasks
 
 
 def test_an_interactive_script_asks_for_nodes_and_runs_in_them(cluster, rendered):
