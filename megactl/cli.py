@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -190,7 +191,8 @@ def _describe(error: Exception) -> MegactlError | None:
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
         failed = MegactlError(f"{where}{error.strerror}")
-        failed.exit_code = EXIT_FAILED
+        # A name that no file system takes is what was typed; everything else is the machine's.
+        failed.exit_code = EXIT_INPUT if error.errno == errno.ENAMETOOLONG else EXIT_FAILED
         return failed
     return None
 

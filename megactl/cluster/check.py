@@ -68,14 +68,19 @@ def _placeholder(where: str, text: str) -> Problem | None:
     return Problem(named, f"{shown(match[0])} is a placeholder", "put the value of your cluster there, or leave the setting out")
 
 
-def run_placeholders(loaded: Loaded) -> list[Problem]:
-    """Texts of the run that were left as <...>."""
-    texts = ((item, item.read(loaded.run)) for item in all_settings().values())
-    return [
-        Problem(f"{item.flag} {shown(text)}", "is a placeholder", "put the real value there")
-        for item, text in texts
-        if isinstance(text, str) and re.fullmatch(r"<[^<>]*>", text.strip())
-    ]
+def run_text_problems(loaded: Loaded) -> list[Problem]:
+    """Texts of the run that were left as <...>, and those that cannot stand in a script."""
+    found = []
+    for item in all_settings().values():
+        text = item.read(loaded.run)
+        if not isinstance(text, str):
+            continue
+        rule = broken_rule(text, "shell")
+        if re.fullmatch(r"<[^<>]*>", text.strip()):
+            found.append(Problem(f"{item.flag} {shown(text)}", "is a placeholder", "put the real value there"))
+        elif rule is not None:
+            found.append(Problem(f"{item.flag} {shown(text)}", rule, "use another value"))
+    return found
 
 
 def _relations(cluster: LoadedCluster) -> Iterator[Problem]:

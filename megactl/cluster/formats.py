@@ -11,6 +11,7 @@ from megactl.errors import ConfigError
 
 Broken = tuple[str, str] | None
 
+_MOST_MINUTES = 2**32 - 16  # the last values mean "no limit" and the like
 _SIGNALS = {"HUP": 1, "INT": 2, "USR1": 10, "USR2": 12, "TERM": 15}
 _MAIL = {"NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "ARRAY_TASKS",
          "TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50"}  # fmt: skip
@@ -56,6 +57,8 @@ def _time(text: str) -> Broken:
         seconds = seconds_of(text)
     except ValueError:
         return "must be minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS", example
+    if seconds is not None and seconds // 60 >= _MOST_MINUTES:
+        return "Slurm counts minutes in 32 bits", example
     return ("must be above zero", example) if seconds == 0 else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megactl.cluster.check import cluster_problems, run_placeholders
+from megactl.cluster.check import cluster_problems, run_text_problems
 from megactl.cluster.load import LoadedCluster
 from megactl.config.checks import machine_independent
 from megactl.config.load import Loaded
@@ -61,7 +61,7 @@ def job_of(loaded: Loaded, cluster: LoadedCluster, *, points: Sequence[tuple[Poi
     """Check everything and return the job. `points`: a sweep, each with the run it makes. Raises ConfigError holding every mistake."""
     problems = Problems(cluster_problems(cluster))
     runs = [(point.label, run) for point, run in points] or [("", loaded)]
-    problems.found += run_placeholders(loaded)
+    problems.found += run_text_problems(loaded)
     problems.found += _rules_of_both(loaded, cluster, sweep=bool(points))
     nodes, ranks_per_node = _shape(loaded.run, cluster, problems)
     resolved, notes = [], []

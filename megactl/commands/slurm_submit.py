@@ -49,21 +49,25 @@ def submit(
         say(f"{name}={printable(environ[name])} in your environment counts more than the script's own directive", label="warning")
     starts = _ask_all(scripts, arguments, environ)
     jobs: list[Submission] = []
-    try:
-        for script in scripts:
-            later = starts[script]
+    failed: RunError | None = None
+    for script in scripts:
+        later = starts[script]
+        try:
             jobs.append(Submission(script, None, None, None, later) if dry_run else hand_over(script, arguments, environ, starts=later))
-            if not json_:
-                _show(jobs[-1])
-    except RunError:
-        if json_:
-            _emit(jobs, dry_run=dry_run)
-        left = len(scripts) - len(jobs)
-        say(f"{len(jobs)} of {len(scripts)} scripts were submitted, {left} not", label="warning")
-        raise
+        except RunError as error:
+            failed = error
+            break
+        if not json_:
+            _show(jobs[-1])
+    if failed is not None:
+        say(failed.message, label="error")
+        say(failed.hint or "", label="hint")
+        say(f"{len(jobs)} of {len(scripts)} scripts were submitted, {len(scripts) - len(jobs)} not", label="warning")
     if json_:
-        _emit(jobs, dry_run=dry_run)
-    return 0
+        # What was submitted must be known also where a later script failed, so the error is part of the one document.
+        error = {"error": {"message": failed.message, "hint": failed.hint}} if failed is not None else {}
+        emit_json({"dry_run": dry_run, "jobs": [dataclasses.asdict(job) for job in jobs], **error})
+    return 1 if failed is not None else 0
 
 
 def _scripts(files: list[str], folders: list[str], dependency: str | None) -> list[str]:
@@ -115,7 +119,3 @@ def _show(job: Submission) -> None:
         return
     where = f" on {job.cluster}" if job.cluster else ""
     print(f"{name}: job {job.job_id}{where}; log: {printable(job.log or 'where --output says')}", flush=True)
-
-
-def _emit(jobs: list[Submission], *, dry_run: bool) -> None:
-    emit_json({"dry_run": dry_run, "jobs": [dataclasses.asdict(job) for job in jobs]})

@@ -8,8 +8,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-# Each argument ends in a NUL byte, each call in an empty one: any text survives that.
-_NOTE = """printf '%s\\0' "{name}" "$@" '' >> "$CALLS"\n"""
+# The number of words, then each, ended by a NUL byte: any text survives that, and none at all.
+_NOTE = """printf '%s\\0' "$(($# + 1))" "{name}" "$@" >> "$CALLS"\n"""
 _SRUN = """
 { printf '%s\\0' "MASTER_ADDR=$MASTER_ADDR" "MASTER_PORT=$MASTER_PORT" "OMP_NUM_THREADS=${OMP_NUM_THREADS-}"; env -0; } > "$ENVIRONMENT"
 if [ -n "${SUMMARY-}" ]; then
@@ -74,17 +74,8 @@ class StubCluster:
 
 
 def _calls(path: Path) -> list[list[str]]:
-    if not path.exists():
-        return []
-    words = path.read_bytes().decode().split("\0")[:-1]
-    found: list[list[str]] = [[]]
-    for word in words:
-        # An empty argument would look like an end; no test passes one.
-        if word:
-            found[-1].append(word)
-        else:
-            found.append([])
-    return [call for call in found if call]
+    words = iter(path.read_bytes().decode().split("\0")[:-1] if path.exists() else ())
+    return [[next(words) for _ in range(int(count))] for count in words]
 
 
 def _environment(path: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ def read_source(name: str) -> str:
         raise MegactlError(f"{name}: is longer than {LARGEST >> 20} MiB, which sbatch refuses", "is it a script?")
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise MegactlError(f"{name}: is UTF-16, which sbatch cannot read", f"convert it: iconv -f UTF-16 -t UTF-8 {name} > new.sh")
-    if raw.startswith(b"\x7fELF") or raw.count(b"\0") * 20 > len(raw):
+    if not raw or raw.startswith(b"\x7fELF") or raw.count(b"\0") * 20 > len(raw):
         raise MegactlError(f"{name}: {'is empty' if not raw else 'is binary'}, and no script", "give the path of a batch script")
     try:
         return raw.decode()
