@@ -31,6 +31,7 @@ COMMANDS: dict[str, Row] = {
     "data": Row("megactl.commands.data:app", "Turn text into token files, inspect them, train a tokenizer."),
     "generate": Row("megactl.commands.generate:generate", "Sample text from what was trained."),
     "report": Row("megactl.commands.report:report", "A page with plots of a run."),
+    "doctor": Row("megactl.commands.doctor:doctor", "Is this machine, or every node of a job, fit to train?"),
     "bench": Row("megactl.commands.bench:app", "Time the compiled operators beside torch's."),
 }
 
