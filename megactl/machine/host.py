@@ -88,7 +88,9 @@ def core_checks(system: System, *, cores: int, gpus: int) -> Iterator[Check]:
         name = "OMP_NUM_THREADS"
         if not threads.isdigit() or int(threads) == 0:
             yield Check("host", name, threads, "warning", "set a whole number of threads, or unset it", alike="warning")
-        elif int(threads) > cores:
+        elif int(threads) <= cores:
+            yield Check("host", name, threads, alike="warning")
+        else:
             yield Check(
                 "host", name, threads, "warning", f"there are {cores} cores: set at most that many for all ranks together", alike="warning"
             )
