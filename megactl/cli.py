@@ -37,6 +37,7 @@ COMMANDS: dict[str, Row] = {
     "parse-logs": Row("megactl.commands.parse_logs:parse_logs", "A table, curves and comparisons out of training logs."),
     "report": Row("megactl.commands.report:report", "A page with plots of a run."),
     "slurm": Row("megactl.commands.slurm:app", "Write, check and submit Slurm scripts."),
+    "doctor": Row("megactl.commands.doctor:doctor", "Is this machine, or every node of a job, fit to train?"),
     "bench": Row("megactl.commands.bench:app", "Time the compiled operators beside torch's."),
 }
 

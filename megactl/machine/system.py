@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,15 +53,19 @@ class System:
         if program is None:
             return Answer(None, "", f"{command[0]} is not on the PATH")
         try:
-            done = subprocess.run(
-                [program, *command[1:]], capture_output=True, text=True, errors="replace", timeout=seconds, stdin=subprocess.DEVNULL,
-                env=dict(self.environ if environ is None else environ),
+            child = subprocess.Popen(
+                [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                errors="replace", env=dict(self.environ if environ is None else environ), start_new_session=True,
             )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return Answer(None, "", f"{command[0]} gave no answer within {seconds:.0f} s")
         except OSError as error:
             return Answer(None, "", f"{command[0]} cannot be run: {error.strerror}")
-        return Answer(done.returncode, done.stdout, done.stderr)
+        try:
+            out, err = child.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            # Not waited for: a process inside a wedged driver does not even die of SIGKILL, and this one must go on.
+            os.killpg(child.pid, signal.SIGKILL)
+            return Answer(None, "", f"{command[0]} gave no answer within {seconds:g} s")
+        return Answer(child.returncode, out, err)
 
     def output(self, *command: str) -> str | None:
         """What a program wrote on stdout, without the white space around it; None where it failed."""

@@ -19,7 +19,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def error(found: torch.Tensor, right: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is right. Half of the type's smallest number an element is no error: it has no digits."""
+    """Norm of the difference over the norm of what is right. Half of the type's smallest number an element is no error."""
     kind = torch.finfo(found.dtype)
     difference = (found.double() - right.double()).abs() - kind.smallest_normal * kind.eps / 2
     return (difference.clamp(min=0).norm() / right.double().norm().clamp(min=1e-30)).item()
