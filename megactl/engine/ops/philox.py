@@ -1,8 +1,8 @@
 """Randomness that depends on what is drawn and on nothing else: not on the device, the layout, or what was drawn before.
 
 A word is Philox4x32-10 of key = seed and counter = (element >> 2, stream, step), lane element & 3, where `element` is an index in
-the whole, unsharded tensor. So every parallel layout draws the same numbers, recomputation needs no saved generator, and a CUDA
-graph replays with new ones.
+the whole, unsharded tensor (dropout takes half a word an element: see megactl/csrc/kernels/philox.h). So every parallel layout draws
+the same numbers, recomputation needs no saved generator, and a CUDA graph replays with new ones.
 """
 
 from __future__ import annotations
