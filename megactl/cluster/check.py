@@ -68,14 +68,19 @@ def _placeholder(where: str, text: str) -> Problem | None:
     return Problem(named, f"{shown(match[0])} is a placeholder", "put the value of your cluster there, or leave the setting out")
 
 
-def run_placeholders(loaded: Loaded) -> list[Problem]:
-    """Texts of the run that were left as <...>."""
-    texts = ((item, item.read(loaded.run)) for item in all_settings().values())
-    return [
-        Problem(f"{item.flag} {shown(text)}", "is a placeholder", "put the real value there")
-        for item, text in texts
-        if isinstance(text, str) and re.fullmatch(r"<[^<>]*>", text.strip())
-    ]
+def run_text_problems(loaded: Loaded) -> list[Problem]:
+    """Texts of the run that were left as <...>, and those that cannot stand in a script."""
+    found = []
+    for item in all_settings().values():
+        text = item.read(loaded.run)
+        if not isinstance(text, str):
+            continue
+        rule = broken_rule(text, "shell")
+        if re.fullmatch(r"<[^<>]*>", text.strip()):
+            found.append(Problem(f"{item.flag} {shown(text)}", "is a placeholder", "put the real value there"))
+        elif rule is not None:
+            found.append(Problem(f"{item.flag} {shown(text)}", rule, "use another value"))
+    return found
 
 
 def _relations(cluster: LoadedCluster) -> Iterator[Problem]:
@@ -84,6 +89,10 @@ def _relations(cluster: LoadedCluster) -> Iterator[Problem]:
     if limit is not None and slurm.signal != "none" and signal_seconds(slurm.signal) >= limit:
         rule = f"is sent {signal_seconds(slurm.signal)} s before a time limit of {limit} s, so before the run begins"
         yield Problem(f"{cluster.show('signal')} with {cluster.show('time')}", rule, "use a longer --time, or a smaller number of seconds")
+    if slurm.launcher == "torchrun" and cluster.origins["signal"] != "default" and slurm.signal != "none":
+        rule = "torchrun ends its ranks on a signal, without a save"
+        where = f"{cluster.show('signal')} with {cluster.show('launcher')}"
+        yield Problem(where, rule, "leave --signal out: with --time, or --exit-duration, the ranks watch the time themselves")
     if slurm.gpus_per_node and slurm.ntasks_per_node is not None and slurm.ntasks_per_node != slurm.gpus_per_node:
         rule = "a rank has one GPU, and each GPU one rank"
         where = f"{cluster.show('ntasks_per_node')} with {cluster.show('gpus_per_node')}"

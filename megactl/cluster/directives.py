@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megactl.cluster.formats import clock, seconds_of
 from megactl.cluster.job import Job
 from megactl.cluster.quoting import Safe, directive, quote
 
@@ -89,7 +90,7 @@ def _plain(job: Job) -> Iterator[Directive]:
     for key, option in _PLAIN.items():
         value = getattr(job.cluster.slurm, key)
         if value is not None:
-            yield Directive(directive(option, value))
+            yield Directive(directive(option, clock(seconds_of(value)) if key == "time" else value))
 
 
 def _end(job: Job) -> Iterator[Directive]:

@@ -11,6 +11,7 @@ from megactl.errors import ConfigError
 
 Broken = tuple[str, str] | None
 
+_MOST_MINUTES = 2**32 - 16  # the last values mean "no limit" and the like
 _SIGNALS = {"HUP": 1, "INT": 2, "USR1": 10, "USR2": 12, "TERM": 15}
 _MAIL = {"NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "ARRAY_TASKS",
          "TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50"}  # fmt: skip
@@ -41,12 +42,23 @@ def seconds_of(text: str) -> int | None:
     return numbers[0] * 60 + (numbers[1] if len(numbers) == 2 else 0)
 
 
+def clock(seconds: int | None) -> str:
+    """A time limit in the one form that nobody misreads: [D-]HH:MM:SS. (A bare number is minutes to Slurm.)"""
+    if seconds is None:
+        return "UNLIMITED"
+    days, rest = divmod(seconds, 86_400)
+    text = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}-{text}" if days else text
+
+
 def _time(text: str) -> Broken:
     example = "such as 30 (minutes), 24:00:00 or 2-12"
     try:
         seconds = seconds_of(text)
     except ValueError:
         return "must be minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS", example
+    if seconds is not None and seconds // 60 >= _MOST_MINUTES:
+        return "Slurm counts minutes in 32 bits", example
     return ("must be above zero", example) if seconds == 0 else None
 
 
@@ -128,6 +140,8 @@ def _mount(text: str) -> Broken:
 def _path(text: str) -> Broken:
     if text.startswith("~") or "$" in text:
         return "stands quoted in the script, where ~ and $ are not expanded", "write the whole path"
+    if text.startswith("-"):
+        return "must not begin with a dash, which would make it an option", f"use ./{text}"
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megactl.cluster.check import cluster_problems, run_placeholders
+from megactl.cluster.check import cluster_problems, run_text_problems
 from megactl.cluster.load import LoadedCluster
 from megactl.config.checks import machine_independent
 from megactl.config.load import Loaded
@@ -16,6 +16,9 @@ from megactl.config.schema import Run
 from megactl.config.validate import Resolved, resolve
 from megactl.config.vocabulary import Vocabulary, find_vocabulary
 from megactl.errors import ConfigError, Problem
+
+# How a file that is not on this machine is worded; data of the other model is there, and a mistake.
+_ABSENT = re.compile(r"^there is no .+\.idx|does not exist")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def job_of(loaded: Loaded, cluster: LoadedCluster, *, points: Sequence[tuple[Poi
     """Check everything and return the job. `points`: a sweep, each with the run it makes. Raises ConfigError holding every mistake."""
     problems = Problems(cluster_problems(cluster))
     runs = [(point.label, run) for point, run in points] or [("", loaded)]
-    problems.found += run_placeholders(loaded)
+    problems.found += run_text_problems(loaded)
     problems.found += _rules_of_both(loaded, cluster, sweep=bool(points))
     nodes, ranks_per_node = _shape(loaded.run, cluster, problems)
     resolved, notes = [], []
@@ -110,7 +113,7 @@ def _shape(run: Run, cluster: LoadedCluster, problems: Problems) -> tuple[int, i
     """(nodes, ranks a node); (0, 0) where they are not known, which is then among the problems."""
     slurm = cluster.slurm
     ranks_per_node = slurm.gpus_per_node or slurm.ntasks_per_node
-    if slurm.gpus_per_node is None and run.training.device != "cpu":
+    if slurm.gpus_per_node is None and (run.training.device == "cuda" or (run.training.device == "auto" and ranks_per_node is None)):
         problems.found.append(Problem("--gpus-per-node", "is not set", "give the GPUs of a node, such as --gpus-per-node 8"))
         return 0, 0
     if ranks_per_node is None:
@@ -150,6 +153,7 @@ def _resolve(
     facts: dict[str, Any] = {
         "world_size": nodes * ranks_per_node,
         "local_world_size": ranks_per_node,
+        "per_node": ranks_per_node,
         "gpus": slurm.gpus_per_node or 0,
         "spawns": False,
         "vocab_size": vocabulary.size,
@@ -173,7 +177,7 @@ def _vocabulary(loaded: Loaded, cluster: LoadedCluster) -> tuple[Vocabulary, lis
         return find_vocabulary(loaded.run), []
     except ConfigError as error:
         # A script may be made where the cluster's disks are not; everything else about the data is a mistake wherever it is seen.
-        if all(re.search(r"^there is no \S+\.idx|does not exist", problem.rule or problem.where) for problem in error.problems):
+        if all(_ABSENT.search(problem.rule) and "is for --model" not in problem.rule for problem in error.problems):
             return Vocabulary(), [f"{problem}: not on this machine, so it was not looked at" for problem in _short(error)]
         raise
 

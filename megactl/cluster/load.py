@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megactl.cluster.quoting import shown
 from megactl.cluster.settings import PAIRS, SECTION, Slurm, defaults, is_list, slurm_settings
 from megactl.cluster.slurm_options import options
 from megactl.config.coerce import CoercionError, coerce
@@ -31,7 +32,7 @@ class LoadedCluster:
             text = item.flag if value else f"--no-{item.flag.removeprefix('--')}"
         else:
             text = f"{item.flag} {value}" if value not in (None, ()) else item.flag
-        text = text if text.isprintable() else repr(text)[1:-1]
+        text = shown(text)
         return text if origin.startswith(("flag ", "--set ", "default")) else f"{text} ({origin})"
 
 
@@ -57,9 +58,9 @@ def load_cluster(
     for item in slurm_settings().values():
         text = (environ or {}).get(item.variable)
         if text:
-            _put(item, text, f"env {item.variable}", f"{item.variable}={text}", layers)
+            _put(item, text, f"env {item.variable}", f"{item.variable} =", layers)
     for key, (flag, value) in (flags or {}).items():
-        _put(slurm_settings()[f"{SECTION}.{key}"], value, f"flag {flag}", f"{flag} {value}", layers)
+        _put(slurm_settings()[f"{SECTION}.{key}"], value, f"flag {flag}", flag, layers)
     for text in assignments:
         _from_assignment(text, layers)
     if layers.problems:
@@ -68,16 +69,28 @@ def load_cluster(
     return LoadedCluster(dataclasses.replace(Slurm(), **layers.values), origins)
 
 
-def _put(item: Setting, value: Any, origin: str, shown: str, layers: Layers, *, typed: bool = False) -> None:
+def _put(item: Setting, value: Any, origin: str, where: str, layers: Layers, *, typed: bool = False) -> None:
+    """Add one value, or the problem with it; `where` is how the message names its place, "--account" or "FILE:LINE: slurm.account ="."""
     try:
         found = _several(item, value, typed) if is_list(item) else coerce(item, value, typed=typed)
     except CoercionError as error:
-        layers.problems.append(Problem(shown, error.rule, error.instead))
+        layers.problems.append(Problem(f"{where} {shown(_culprit(item, value, typed))}", error.rule, error.instead))
         return
     if item.key in PAIRS:
         found = _merged(layers.values.get(item.key, ()), found)
     layers.values[item.key] = found
     layers.origins[item.name] = origin
+
+
+def _culprit(item: Setting, value: Any, typed: bool) -> str:
+    """The value that cannot be taken, as text: of several the first one."""
+    if is_list(item) and isinstance(value, (list, tuple)):
+        for entry in value:
+            try:
+                coerce(dataclasses.replace(item, type=str), entry, typed=typed)
+            except CoercionError:
+                return str(entry)
+    return value if isinstance(value, str) else shown_value(value)
 
 
 def _several(item: Setting, value: Any, typed: bool) -> tuple[str, ...]:
@@ -125,7 +138,7 @@ def _from_section(file: TomlFile, content: Mapping[str, Any], layers: Layers) ->
         name = f"{SECTION}.{key}"
         where = file.where(name)
         if name in slurm_settings():
-            _put(slurm_settings()[name], value, where, f"{where}: {name} = {shown_value(value)}", layers, typed=True)
+            _put(slurm_settings()[name], value, where, f"{where}: {name} =", layers, typed=True)
         else:
             layers.unknown(f"{where}: {name}", *_unknown_key(key))
 
@@ -138,7 +151,7 @@ def _from_assignment(text: str, layers: Layers) -> None:
     elif item is None:
         layers.unknown(f"--set {text}", *_unknown_key(name.strip().partition(".")[2]))
     else:
-        _put(item, value, f"--set {name}", f"--set {text}", layers)
+        _put(item, value, f"--set {name}", f"--set {name} =", layers)
 
 
 def _unknown_key(key: str) -> tuple[str, str | None]:

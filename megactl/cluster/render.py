@@ -13,8 +13,9 @@ from megactl.cluster.directives import cpus_per_task, directives, tasks_per_node
 from megactl.cluster.formats import seconds_of, signal_seconds
 from megactl.cluster.job import Job
 from megactl.cluster.quoting import Safe, quote, words
+from megactl.config.coerce import coerce
 from megactl.config.layout import degrees
-from megactl.config.settings import all_settings
+from megactl.config.settings import Setting, all_settings
 from megactl.config.slurm import PORT_BASE, PORT_SPAN
 from megactl.errors import BuildError
 
@@ -144,6 +145,9 @@ def _train_options(job: Job) -> list[list[str]]:
     slurm, run = job.cluster.slurm, job.loaded.run
     # Said outright: where a GPU is broken, auto would train on the CPU without a word.
     more = {"training.device": "cuda" if job.on_gpus else "cpu"}
+    if job.ranks_per_node == 1 and slurm.launcher == "srun":
+        # One task a node could also mean: start a rank on each GPU that is seen there.
+        more["training.nproc"] = "1"
     limit = seconds_of(slurm.time) if slurm.time else None
     if slurm.launcher == "torchrun" and limit is not None and slurm.signal != "none" and not run.training.exit_duration:
         # torchrun dies of the signal before its ranks can save, so they watch the time themselves.
@@ -152,9 +156,15 @@ def _train_options(job: Job) -> list[list[str]]:
     return train_words(job.loaded, more=more, leave_out={"logging.run_dir", *swept})
 
 
+def _typed(item: Setting, text: str) -> object:
+    """A swept value: numbers as the user wrote them (1e-4), a switch or "none" as what it means."""
+    value = coerce(item, text)
+    return value if value is None or isinstance(value, bool) else text
+
+
 def _point(job: Job, index: int) -> dict[str, Any]:
     point = job.points[index]
-    options = [option_words(all_settings()[name], value) for name, value in point.values.items()]
+    options = [option_words(all_settings()[name], _typed(all_settings()[name], text)) for name, text in point.values.items()]
     return {
         "label": quote(point.label, "shell", name="the point's label"),
         "options": words(*(word for option in options for word in option)),

@@ -22,10 +22,10 @@ def setting_parameters() -> list[inspect.Parameter]:
     return [parameter(flag.parameter, flag_annotation(flag, PANELS[flag.setting.section]), None) for flag in all_flags()]
 
 
-def flag_annotation(flag: Flag, panel: str) -> Any:
-    """What Typer shows of a flag and takes for it: None where it was not given."""
+def flag_annotation(flag: Flag, panel: str, help: str | None = None) -> Any:
+    """What Typer shows of a flag (`help`: instead of the schema's) and takes for it: None where it was not given."""
     setting = flag.setting
-    shown = {"help": help_text(setting), "hidden": flag.hidden, "rich_help_panel": panel, "metavar": metavar(setting)}
+    shown = {"help": help or help_text(setting), "hidden": flag.hidden, "rich_help_panel": panel, "metavar": metavar(setting)}
     # Numbers arrive as text, so that the loader words every mistake and all of them are reported together.
     kind = {bool: bool | None, tuple: list[str] | None}.get(setting.type, str | None)
     return Annotated[kind, typer.Option(flag.declaration, **shown)]

@@ -27,7 +27,7 @@ _HELP = "\n\n".join(
         "Write a Slurm script that runs `megactl train` with these settings.",
         "It takes the options of train (see below, and megactl train --help) and what to ask Slurm for. Everything is checked now: the "
         "layout against the nodes and GPUs, the data where it can be seen, and every value that goes into the script. Each cluster "
-        "setting is also a key of [slurm] in the file of --config or --cluster, --set slurm.KEY=VALUE, and MEGACTL_SLURM_KEY.",
+        "setting is also a key of section 'slurm' in the file of --config or --cluster, --set slurm.KEY=VALUE, and MEGACTL_SLURM_KEY.",
         "The script saves before its time is up, requeues itself and goes on where it stopped.",
     )
 )
@@ -39,7 +39,9 @@ megactl slurm render --config run.toml --cluster cluster.toml --run-dir runs/a -
 
 megactl slurm render --config run.toml --nodes 2 --gpus-per-node 8 --sweep lr=1e-4,3e-4 --sweep seed=1,2 --output sweep.sh
 
-megactl slurm render --config run.toml --nodes 1 --gpus-per-node 8 --interactive --output try.sh"""
+megactl slurm render --config run.toml --nodes 1 --gpus-per-node 8 --interactive --output try.sh
+
+megactl slurm render --experiment figure_13 --without recompute --cluster cluster.toml --data corpus_text_document"""
 
 _ASKED = "Slurm: what to ask for"
 _STARTED = "Slurm: how it is started"
@@ -55,14 +57,17 @@ def _options() -> list[inspect.Parameter]:
     """The command's own options, then the cluster's, then those of train."""
     texts = {
         "preset": ("--preset", "NAME", "Start from a named model, such as gpt-345m"),
-        "config": ("--config", "FILE.toml", "Settings of the run from a TOML file, and [slurm]"),
+        "config": ("--config", "FILE.toml", "Settings of the run from a TOML file, with its section slurm"),
         "cluster": ("--cluster", "FILE.toml", "Settings of the cluster alone, below those of --config"),
         "sweep_file": ("--sweep-file", "FILE.csv", "An array with a task a row; the header names settings"),
         "output": ("--output", "FILE", "Write the script there (default: stdout)"),
+        "experiment": ("--experiment", "NAME", "A script a point of an SC21 experiment, see megactl slurm experiments"),
+        "output_dir": ("--output-dir", "FOLDER", "With --experiment: where to write (default: its name)"),
     }
     lists = {
         "assignments": ("--set", "SECTION.KEY=VALUE", "Any one setting, slurm.KEY included; repeatable"),
         "sweep": ("--sweep", "SETTING=V,V,...", "An array with a task a value; repeatable: every combination"),
+        "without": ("--without", "PART", "With --experiment: do without recompute, vpp or scatter_gather; repeatable"),
     }
     switches = {
         "interactive": ("--interactive", "A script to run, which asks for the nodes with salloc, in place of one for sbatch"),
@@ -87,18 +92,27 @@ def render(**options: Any) -> int:
     if options["cluster_template"]:
         sys.stdout.write((template_folder() / "cluster.toml").read_text(encoding="utf-8"))
         return 0
-    return _render_one(options)
+    from megactl.config.prepare import Problems
+
+    problems = Problems(_contradictions(options))
+    both = problems.catch(lambda: load_both(options))
+    problems.raise_all()
+    assert both is not None
+    if options["experiment"]:
+        from megactl.commands.slurm_experiments import render_experiment
+
+        return render_experiment(options, *both)
+    return _render_one(options, *both)
 
 
-def _render_one(options: Mapping[str, Any]) -> int:
+def _render_one(options: Mapping[str, Any], loaded: Loaded, cluster: LoadedCluster) -> int:
     from megactl.cluster.job import job_of
     from megactl.cluster.render import render as script_of
     from megactl.cluster.sweep import sweep_points
     from megactl.config.prepare import Problems
 
-    loaded, cluster = load_both(options)
     swept = bool(options["sweep"] or options["sweep_file"])
-    problems = Problems(_contradictions(options))
+    problems = Problems()
     points = (problems.catch(lambda: sweep_points(loaded, options["sweep"] or (), options["sweep_file"])) or []) if swept else []
     job = problems.catch(lambda: job_of(loaded, cluster, points=points))
     problems.raise_all()
@@ -116,11 +130,18 @@ def _contradictions(options: Mapping[str, Any]) -> list[Problem]:
         found.append(Problem("--interactive with --sweep", "an allocation runs one run", "leave one out"))
     if options["output"] is not None and "%" in options["output"]:
         found.append(Problem(f"--output {options['output']}", "is the script, not its log", "use --log-dir for the log's folder"))
+    if options["experiment"]:
+        given_too = [f"--{name.replace('_', '-')}" for name in ("sweep", "sweep_file", "interactive", "output") if options[name]]
+        found += [Problem(f"{name} with --experiment", "an experiment is a folder of scripts", "leave one out") for name in given_too]
+    else:
+        needless = [f"--{name.replace('_', '-')}" for name in ("output_dir", "without") if options[name]]
+        found += [Problem(name, "belongs to --experiment, which is not given", "leave it out, or name one") for name in needless]
     return found
 
 
 def load_both(options: Mapping[str, Any]) -> tuple[Loaded, LoadedCluster]:
     """The run and the cluster settings as the user set them; every mistake of both at once."""
+    from megactl.cluster.experiments import CLUSTER
     from megactl.cluster.load import load_cluster
     from megactl.config.load import load
     from megactl.config.prepare import Problems
@@ -134,7 +155,8 @@ def load_both(options: Mapping[str, Any]) -> tuple[Loaded, LoadedCluster]:
     loaded = problems.catch(lambda: load(**sources, flags=run_flags, environ=os.environ))
     keys = {name.partition(".")[2]: value for name, value in cluster_flags.items()}
     files = {"cluster": options["cluster"], "config": options["config"]}
-    cluster = problems.catch(lambda: load_cluster(**files, assignments=own, flags=keys, environ=os.environ))
+    lowest = CLUSTER if options["experiment"] else {}
+    cluster = problems.catch(lambda: load_cluster(**files, assignments=own, flags=keys, environ=os.environ, layer_defaults=lowest))
     problems.raise_all()
     assert loaded is not None and cluster is not None
     return loaded, cluster

@@ -96,16 +96,22 @@ def reference() -> str:
     """Every setting as Markdown tables, one a section: the body of the configuration page's reference."""
     lines: list[str] = []
     for section, title in PANELS.items():
-        lines += [f"### [{section}] {title}", "", "| key | flags | values | default | meaning |", "| --- | --- | --- | --- | --- |"]
-        lines += [_reference_row(setting) for setting in all_settings().values() if setting.section == section] + [""]
+        rows = reference_table(setting for setting in all_settings().values() if setting.section == section)
+        lines += [f"### [{section}] {title}", "", *rows, ""]
     return "\n".join(lines)
+
+
+def reference_table(settings: Iterable[Setting]) -> list[str]:
+    """Settings as the lines of one Markdown table."""
+    header = ["| key | flags | values | default | meaning |", "| --- | --- | --- | --- | --- |"]
+    return header + [_reference_row(setting) for setting in settings]
 
 
 def _reference_row(setting: Setting) -> str:
     flags = " ".join(f"`{flag}`" for flag in setting.flags)
     values = (
         ", ".join(f"`{choice}`" for choice in setting.choices)
-        or {bool: "true, false", int: "integer", float: "number", str: "text"}[setting.type]
+        or {bool: "true, false", int: "integer", float: "number", str: "text", tuple: "list of text"}[setting.type]
     )
-    default = "" if setting.default is None else f"`{str(setting.default).lower() if setting.type is bool else setting.default}`"
+    default = "" if setting.default in (None, ()) else f"`{str(setting.default).lower() if setting.type is bool else setting.default}`"
     return f"| `{setting.key}` | {flags} | {values} | {default} | {setting.help.replace('|', '/')} |"

@@ -15,7 +15,10 @@ from megactl.config.schema import SECTIONS, Run
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of the schema. `name` is "section.key"; `type` is bool, int, float, str or tuple (of texts); `optional` where None means "derive it"."""
+    """One field of the schema. `name` is "section.key"; `type` is bool, int, float, str or tuple (of texts).
+
+    `optional` where None means "derive it".
+    """
 
     section: str
     key: str
