@@ -203,7 +203,7 @@ NUMBERS = st.one_of(st.integers(-2, 10**20).map(str), st.floats().map(str))
 WORDS = st.one_of(st.sampled_from(["True", "False", "None", "", "auto", "16"]), st.text(max_size=5))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     arguments=st.dictionaries(st.sampled_from(NAMED), st.one_of(NUMBERS, WORDS)),
     times=st.lists(st.floats(), max_size=5),
