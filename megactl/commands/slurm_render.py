@@ -27,7 +27,7 @@ _HELP = "\n\n".join(
         "Write a Slurm script that runs `megactl train` with these settings.",
         "It takes the options of train (see below, and megactl train --help) and what to ask Slurm for. Everything is checked now: the "
         "layout against the nodes and GPUs, the data where it can be seen, and every value that goes into the script. Each cluster "
-        "setting is also a key of [slurm] in the file of --config or --cluster, --set slurm.KEY=VALUE, and MEGACTL_SLURM_KEY.",
+        "setting is also a key of section slurm in the file of --config or --cluster, --set slurm.KEY=VALUE, and MEGACTL_SLURM_KEY.",
         "The script saves before its time is up, requeues itself and goes on where it stopped.",
     )
 )
@@ -57,7 +57,7 @@ def _options() -> list[inspect.Parameter]:
     """The command's own options, then the cluster's, then those of train."""
     texts = {
         "preset": ("--preset", "NAME", "Start from a named model, such as gpt-345m"),
-        "config": ("--config", "FILE.toml", "Settings of the run from a TOML file, and [slurm]"),
+        "config": ("--config", "FILE.toml", "Settings of the run from a TOML file, with its section slurm"),
         "cluster": ("--cluster", "FILE.toml", "Settings of the cluster alone, below those of --config"),
         "sweep_file": ("--sweep-file", "FILE.csv", "An array with a task a row; the header names settings"),
         "output": ("--output", "FILE", "Write the script there (default: stdout)"),
