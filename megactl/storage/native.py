@@ -14,7 +14,7 @@ def native_module() -> ModuleType | None:
         from megactl import _native
     except ImportError as error:
         warnings.warn(
-            f"megactl._native is not loaded ({error}): sample indices are built in Python, about ten times slower; "
+            f"megactl._native is not loaded ({error}): sample indices are built and logs are read in Python, ten times slower and more; "
             "build it with: python setup.py build_ext --inplace",
             RuntimeWarning,
             stacklevel=2,

@@ -11,5 +11,6 @@ void register_sample_index(pybind11::module_& module);
 void register_blending(pybind11::module_& module);
 void register_sentence_pairs(pybind11::module_& module);
 void register_masked_sample(pybind11::module_& module);
+void register_log_scanner(pybind11::module_& module);
 
 }  // namespace megactl::native
