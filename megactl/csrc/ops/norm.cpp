@@ -1,9 +1,8 @@
 // LayerNorm and RMSNorm over the last dimension, alone or behind the addition of a residual.
+#include "ops/rows.h"
 #include "ops/tensors.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <tuple>
 
 #include "kernels/cpu/norm.h"
@@ -80,27 +79,6 @@ int64_t rows_a_run(int64_t rows) { return std::clamp<int64_t>((rows + 63) / 64, 
 
 int64_t row_grain(int64_t columns) { return std::max<int64_t>(1, kGrain / columns); }
 
-// Rows of numbers on the boundaries of vectors, as torch's own tensors are: a vector across two lines of the cache takes twice as long.
-struct FreeRows {
-    void operator()(void* rows) const { ::operator delete[](rows, std::align_val_t(64)); }
-};
-template <typename C>
-using Rows = std::unique_ptr<C[], FreeRows>;
-
-template <typename C>
-Rows<C> new_rows(int64_t size) {
-    return Rows<C>(static_cast<C*>(::operator new[](static_cast<size_t>(size) * sizeof(C), std::align_val_t(64))));
-}
-
-// The weight, or the bias, in the type of the arithmetic: itself or a copy in `copy`.
-template <typename C, typename T>
-const C* wide_weight(const Tensor& t, Rows<C>& copy, T) {
-    if (t.element_size() == sizeof(C)) return const_data<C>(t);
-    copy = new_rows<C>(t.numel());
-    if constexpr (!std::is_same_v<T, C>) cpu::widen(const_data<T>(t), t.numel(), copy.get());
-    return copy.get();
-}
-
 template <typename T, typename C>
 Rows<C> row_scratch(int64_t columns) {
     return std::is_same_v<T, C> ? nullptr : new_rows<C>(cpu::kScratchRows * columns);
@@ -111,7 +89,7 @@ void forward_cpu(const NormInputs& in, const Tensor* residual, const Tensor* bia
         using T = decltype(zero);
         using C = typename Compute<T>::type;
         Rows<C> copies[2];
-        const C *const weight = wide_weight(in.weight, copies[0], zero), *const shift = bias ? wide_weight(*bias, copies[1], zero) : nullptr;
+        const C *const weight = wide_copy(in.weight, copies[0], zero), *const shift = bias ? wide_copy(*bias, copies[1], zero) : nullptr;
         const T *const x = const_data<T>(in.x), *const add = residual ? const_data<T>(*residual) : nullptr;
         T *const y = data<T>(out.y), *const sum = residual ? data<T>(out.sum) : nullptr;
         C *const mean = bias ? data<C>(out.mean) : nullptr, *const rstd = data<C>(out.rstd);
@@ -133,7 +111,7 @@ void backward_cpu(const NormInputs& in, const Tensor& grad_y, const Tensor* mean
         using C = typename Compute<T>::type;
         Rows<C> copy;
         const Rows<C> partial = new_rows<C>((mean ? 2 : 1) * runs * columns);
-        const C* const weight = wide_weight(in.weight, copy, zero);
+        const C* const weight = wide_copy(in.weight, copy, zero);
         const T *const gs = const_data<T>(grad_y), *const xs = const_data<T>(in.x), *const add = grad_sum ? const_data<T>(*grad_sum) : nullptr;
         T* const to = data<T>(out.x);
         // The kernels read the statistics and write none.
