@@ -31,7 +31,7 @@ def _operator(name: str) -> _Operator:
 
 @functools.cache
 def _short_way() -> bool:
-    """Whether this torch has what the short way is made of; that is not part of its public interface, and the long way computes the same."""
+    """Whether this torch has what the short way is made of, which is not of its public interface. The long way computes the same."""
     return all(hasattr(torch._C, name) for name in ("_are_functorch_transforms_active", "_any_requires_grad", "_AutoDispatchBelowAutograd"))
 
 
