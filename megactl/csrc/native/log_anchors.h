@@ -10,8 +10,12 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <unordered_set>
 #include <utility>
 #include <vector>
+
+#include "log_text.h"
 
 namespace megactl::native {
 
@@ -28,10 +32,14 @@ struct Anchor {
 
 class AnchorSet {
 public:
-    explicit AnchorSet(std::vector<Anchor> anchors) : anchors_(std::move(anchors)) {
+    // `common`: text such as logs are full of. Of each anchor those pieces are entered that are not in it, as far as there are any: a
+    // piece that is met in vain costs as much as a hundred bytes without one. What is found does not depend on it.
+    AnchorSet(std::vector<Anchor> anchors, const std::string& common) : anchors_(std::move(anchors)) {
+        std::unordered_set<uint32_t> avoided;
+        for (size_t at = 0; at + kPiece <= common.size(); ++at) avoided.insert(load(common.data() + at));
         for (uint32_t index = 0; index < anchors_.size(); ++index) {
             if (anchors_[index].text.size() == 2) pairs_.push_back(index);
-            else enter(index);
+            else enter(index, avoided);
         }
     }
 
@@ -41,7 +49,7 @@ public:
         for (; end - at >= kWindow; at += 4 * kStride) {
             if (__builtin_expect(!probe4(at), 1)) continue;
             for (size_t step = 0; step < 4; ++step)
-                if (is_met(at + step * kStride, begin, end)) return at + step * kStride;
+                if (probe(at + step * kStride) && is_met(at + step * kStride, begin, end)) return at + step * kStride;
         }
         for (; end - at >= static_cast<ptrdiff_t>(kPiece); at += kStride)
             if (probe(at) && is_met(at, begin, end)) return at;
@@ -71,7 +79,8 @@ public:
         const char* at = begin;
         for (; end - at >= kWindow; at += 4 * kStride) {
             if (__builtin_expect(!probe4(at), 1)) continue;
-            for (size_t step = 0; step < 4; ++step) each_met(at + step * kStride, begin, end, use);
+            for (size_t step = 0; step < 4; ++step)
+                if (probe(at + step * kStride)) each_met(at + step * kStride, begin, end, use);
         }
         for (; end - at >= static_cast<ptrdiff_t>(kPiece); at += kStride)
             if (probe(at)) each_met(at, begin, end, use);
@@ -87,7 +96,8 @@ private:
     static constexpr ptrdiff_t kWindow = 4 * kStride + kPiece;
 
     struct Entry {
-        uint32_t piece, anchor, offset;
+        uint32_t piece, neighbour, anchor;
+        int32_t beside, offset, rest;  // of the piece: to the neighbour, from the anchor's start, to its end
     };
 
     static uint32_t load(const char* at) {
@@ -110,10 +120,11 @@ private:
     bool each_met(const char* at, const char* begin, const char* end, Use use) const {
         const uint32_t piece = load(at);
         for (const Entry& here : chains_[entered_[slot(piece)]]) {
-            if (here.piece != piece || at - begin < static_cast<ptrdiff_t>(here.offset)) continue;
+            if (here.piece != piece || at - begin < here.offset || end - at < here.rest) continue;
+            // Four bytes beside the piece decide nearly always: "number of", say, is common, and the anchor that it begins is not.
+            if (load(at + here.beside) != here.neighbour) continue;
             const std::string& text = anchors_[here.anchor].text;
-            const char* start = at - here.offset;
-            if (end - start < static_cast<ptrdiff_t>(text.size()) || std::memcmp(start, text.data(), text.size()) != 0) continue;
+            if (!same(at - here.offset, text.data(), text.size())) continue;
             if (use(here.anchor)) return true;
         }
         return false;
@@ -133,12 +144,12 @@ private:
 
     // How often a character is met in logs, roughly: which piece of an anchor is entered decides how often it is met in vain.
     static int commonness(char c) {
-        if (std::strchr(" *-=etaoinsr0", c)) return 4;
-        if (std::strchr("NCLIFOldchumpg_./1", c)) return 3;
+        if (std::string_view(" *-=etaoinsr0").find(c) != std::string_view::npos) return 4;
+        if (std::string_view("NCLIFOldchumpg_./1").find(c) != std::string_view::npos) return 3;
         return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ? 2 : 1;
     }
 
-    void enter(uint32_t index) {
+    void enter(uint32_t index, const std::unordered_set<uint32_t>& avoided) {
         const std::string& text = anchors_[index].text;
         if (text.size() < kShortestAnchor) throw std::invalid_argument("anchor '" + text + "': must have 2 bytes, or 7 and more");
         size_t best = 0;
@@ -146,13 +157,16 @@ private:
         for (size_t offset = 0; offset + kShortestAnchor <= text.size(); ++offset) {
             int sum = 0;
             for (size_t i = 0; i < kShortestAnchor; ++i) sum += commonness(text[offset + i]);
+            for (size_t i = 0; i < kStride; ++i) sum += avoided.count(load(text.data() + offset + i)) ? 100 : 0;
             if (sum < lowest) lowest = sum, best = offset;
         }
         for (size_t offset = best; offset < best + kStride; ++offset) {
             const uint32_t piece = load(text.data() + offset);
             uint8_t& chain = entered_[slot(piece)];
             if (chain == 0) chain = static_cast<uint8_t>(1 + used_++ % (kChains - 1));
-            chains_[chain].push_back({piece, index, static_cast<uint32_t>(offset)});
+            const int32_t from = static_cast<int32_t>(offset), rest = static_cast<int32_t>(text.size() - offset);
+            const int32_t beside = rest >= static_cast<int32_t>(2 * kPiece) ? kPiece : (from >= static_cast<int32_t>(kPiece) ? -4 : rest - 4);
+            chains_[chain].push_back({piece, load(text.data() + from + beside), index, beside, from, rest});
         }
     }
 

@@ -38,7 +38,7 @@ struct Note {
 
 class LogScanner {
 public:
-    LogScanner(std::vector<Anchor> anchors, size_t cap) : anchors_(std::move(anchors)), cap_(cap) {}
+    LogScanner(std::vector<Anchor> anchors, const std::string& common, size_t cap) : anchors_(std::move(anchors), common), cap_(cap) {}
 
     void feed(const char* data, size_t size) {
         const char *at = data, *end = data + size;
