@@ -80,7 +80,10 @@ _LINES: tuple[tuple[Kind, tuple[bytes, ...]], ...] = (
     ),
     (Kind.MEMORY, (b"memory (MB)", b"Max_MA ", b"CPU Virtual Memory:", b"MaxMemAllocated=")),
     (Kind.EVALUATION | Kind.INTERRUPTION, (b" loss at iteration", b" loss at the end")),
-    (Kind.CHECKPOINT | Kind.INTERRUPTION, (b"saving checkpoint at", b"saved checkpoint ", b"/checkpoints/step-", b"Saving model checkpoint")),
+    (
+        Kind.CHECKPOINT | Kind.INTERRUPTION,
+        (b"saving checkpoint at", b"saved checkpoint ", b"/checkpoints/step-", b"Saving model checkpoint"),
+    ),
     (Kind.DATE, (b"] datetime",)),
     (Kind.DEEPSPEED | Kind.START, (b"DeepSpeed info: version",)),
     (Kind.DEEPSPEED_CONFIG, (b":print] ",)),
@@ -90,7 +93,14 @@ _LINES: tuple[tuple[Kind, tuple[bytes, ...]], ...] = (
     (Kind.HF_LOG | Kind.EVENT, (b"'train_runtime'",)),
     (
         Kind.HF_INFO,
-        (b"Running training *****", b"ization steps =", b"Total train batch size", b"Instantaneous batch size", b"Accumulation steps =", b"Overriding config: "),
+        (
+            b"Running training *****",
+            b"ization steps =",
+            b"Total train batch size",
+            b"Instantaneous batch size",
+            b"Accumulation steps =",
+            b"Overriding config: ",
+        ),
     ),
     (Kind.TRACE, (b"--num-layers", b"--model_name_or_path", b"--model_type", b"NNODES=", b"GPUS_PER_NODE=")),
     (Kind.ACTIVATIONS, (b"Partition Activations ", b"Memory Checkpointing ")),
@@ -117,7 +127,8 @@ ANCHORS: tuple[Anchor, ...] = (*_BLOCKS, *(Anchor(text, kinds) for kinds, texts 
 
 # What logs are full of: the compiled scanner looks for anchors by those of their bytes that are not in here.
 COMMON = (
-    b" iteration | consumed samples: | consumed tokens: | elapsed time per iteration (s): | throughput per GPU (TFLOP/s/GPU): | learning rate:"
+    b" iteration | consumed samples: | consumed tokens: | elapsed time per iteration (s): | throughput per GPU (TFLOP/s/GPU):"
+    b" | learning rate:"
     b" | global batch size: | lm loss: | sop loss: | loss scale: | grad norm: | num zeros: | params norm: | curriculum seqlen: "
     b"| number of skipped iterations: | number of nan iterations: | samples per second: | TFLOPs: | tokens/s: | ETA: |"
     b" | forward-compute: | forward-recv: | forward-send: | backward-compute: | backward-send: | backward-recv: |"
@@ -127,7 +138,8 @@ COMMON = (
     b" optimizer-inner-step: | optimizer-copy-main-to-model-params: | optimizer: | batch-generator: | save-checkpoint: |"
     b" NCCL INFO Channel : Trees via P2P/IPC/read/direct NET/IB comm rank nranks cudaDev busId Init COMPLETE threadThresholds coll channels"
     b" [INFO] [WARNING] [default0]: .py: UserWarning: FutureWarning: DeprecationWarning: warnings.warn( torch.distributed rank "
-    b" > loading doc-idx mapping from shuffle-idx sample-idx .npy loaded indexed file in seconds total number of samples: epochs: documents:"
+    b" > loading doc-idx mapping from shuffle-idx sample-idx .npy loaded indexed file in seconds total number of samples: epochs:"
+    b" documents:"
     b" reading building dataset index creating numpy buffer view finished training validation test model layers "
     b" setting environment variable process default system being overloaded please further tune performance application needed "
     b"**************** ---------------- ================ ................ ment ation mapping optimized called total training trainer loss"
