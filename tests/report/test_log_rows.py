@@ -151,7 +151,8 @@ def run_folder(tmp_path):
         '"model.num_layers" = 24\n"model.hidden_size" = 1024\n"model.num_heads" = 16\n"model.vocab_size" = 50257\n'
         '"training.seq_length" = 1024\n"training.global_batch_size" = 16\n"parallel.data_parallel" = 8\n'
     )
-    lines = [{"iteration": number, "loss": 9.0, "global_batch_size": 16, "seconds": 0.5} for number in (1, 2)]
+    shared = {"loss": 9.0, "global_batch_size": 16, "seconds": 0.5}
+    lines = [{"iteration": number, "consumed_samples": 16 * number, **shared} for number in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "environment.json").write_text(json.dumps({"gpus": ["NVIDIA H100 80GB HBM3"]}))
     return folder
