@@ -16,6 +16,7 @@ from megactl.commands.common import printable, say, strict
 from megactl.commands.tables import csv_table, markdown_table, show_table
 from megactl.report.logs.records import VALUE_COLUMNS, Run
 from megactl.report.logs.rows import KEYS, Row
+from megactl.report.records import METRICS_FILE
 
 
 def _plain(value: Any) -> str:
@@ -34,7 +35,7 @@ def seconds_text(value: float) -> str:
 
 
 def _one(value: float) -> str:
-    return f"{value:.1f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,18 @@ def default_columns(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def names_of(rows: Sequence[Row]) -> list[str]:
     """A short name for each row: its path without the folder all share, and `#1` for the second run of a file and so on."""
-    counts = Counter(row.source.file for row in rows)
+    # Every run directory calls its file the same: it is known by its folder.
+    files = [row.source.file.removesuffix(f"/{METRICS_FILE}") for row in rows]
+    counts = Counter(files)
     parents = [file.split("/")[:-1] for file in counts]
     depth = next(
         (place for place, level in enumerate(zip(*parents, strict=False)) if len(set(level)) > 1), min(map(len, parents), default=0)
     )
     short = {file: "/".join(file.split("/")[depth:]) for file in counts}
     names = []
-    for row in rows:
-        several = counts[row.source.file] > 1 or row.source.run > 0
-        names.append(f"{short[row.source.file]}#{row.source.run}" if several else short[row.source.file])
+    for row, file in zip(rows, files, strict=True):
+        several = counts[file] > 1 or row.source.run > 0
+        names.append(f"{short[file]}#{row.source.run}" if several else short[file])
     return names
 
 

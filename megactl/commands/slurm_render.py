@@ -60,7 +60,7 @@ def _options() -> list[inspect.Parameter]:
         "config": ("--config", "FILE.toml", "Settings of the run from a TOML file, with its section slurm"),
         "cluster": ("--cluster", "FILE.toml", "Settings of the cluster alone, below those of --config"),
         "sweep_file": ("--sweep-file", "FILE.csv", "An array with a task a row; the header names settings"),
-        "output": ("--output", "FILE", "Write the script there (default: stdout)"),
+        "output": ("--output -o", "FILE", "Write the script there (default: stdout)"),
         "experiment": ("--experiment", "NAME", "A script a point of an SC21 experiment, see megactl slurm experiments"),
         "output_dir": ("--output-dir", "FOLDER", "With --experiment: where to write (default: its name)"),
     }
@@ -76,7 +76,7 @@ def _options() -> list[inspect.Parameter]:
         "as_json": ("--json", "One JSON document on stdout: the script and what it asks for"),
     }
     found = [parameter("ctx", typer.Context, inspect.Parameter.empty)]
-    found += [parameter(n, Annotated[str | None, typer.Option(f, metavar=m, help=h)], None) for n, (f, m, h) in texts.items()]
+    found += [parameter(n, Annotated[str | None, typer.Option(*f.split(), metavar=m, help=h)], None) for n, (f, m, h) in texts.items()]
     found += [parameter(n, Annotated[list[str] | None, typer.Option(f, metavar=m, help=h)], None) for n, (f, m, h) in lists.items()]
     found += [parameter(n, Annotated[bool, typer.Option(f, help=h)], False) for n, (f, h) in switches.items()]
     for flag in _cluster_flags():

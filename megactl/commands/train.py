@@ -146,7 +146,8 @@ def _batch(resolved: Resolved) -> dict[str, Any]:
 
 
 def _model(run: Run) -> dict[str, Any]:
-    from megactl.costmodel import model_flops, padded_vocab, parameter_parts, rank_parameters
+    from megactl.costmodel.flops import model_flops
+    from megactl.costmodel.parameters import padded_vocab, parameter_parts, rank_parameters
 
     model, parallel, seq_length = run.model, run.parallel, run.training.seq_length
     parts = parameter_parts(model, seq_length=seq_length)
@@ -164,7 +165,7 @@ def _model(run: Run) -> dict[str, Any]:
 
 def memory_of(resolved: Resolved) -> dict[str, Any]:
     """Predicted bytes of one rank of each stage, and of the fullest; what the prediction leaves out is named in costmodel.memory."""
-    from megactl.costmodel import Layout, estimate_stages
+    from megactl.costmodel.memory import Layout, estimate_stages
 
     run, batch = resolved.run, resolved.batch
     assert run.parallel.data_parallel is not None and run.parallel.zero is not None, "the run is not resolved"

@@ -149,7 +149,8 @@ class Trainer:
         )  # fmt: skip
 
     def _make_writer(self) -> MetricsWriter:
-        from megactl.costmodel import model_flops, peak_tflops
+        from megactl.costmodel.flops import model_flops
+        from megactl.costmodel.hardware import peak_tflops
 
         run, device = self.run, self.mesh.device
         peak = peak_tflops(torch.cuda.get_device_name(device), run.training.precision) if device.type == "cuda" else None

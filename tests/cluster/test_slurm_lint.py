@@ -177,7 +177,7 @@ def test_time_is_linear_in_the_text(piece):
             sys.setprofile(None)
         return calls
 
-    small, large = work(100), work(200)
+    small, large = work(60), work(120)
     assert large < 2.3 * small + 2000
 
 

@@ -115,7 +115,9 @@ def test_a_time_limit_signal_saves_requeues_and_finishes(run, real_slurm):
     # The job waits a while before it starts again (cred_expire), so its summary is still that of the first start.
     real_slurm.wait(number, lambda job: job["Restarts"] == "1" or run.gone(job))
     assert run.summary()["status"] == "saved" and 5 <= run.iterations()[-1] == run.summary()["iterations"] < 400, run.log
-    assert real_slurm.call("scontrol", "update", f"JobId={number}", "TimeLimit=10").returncode == 0
+    # While its first start is being cleared away Slurm calls the job finished and takes no new limit.
+    longer = ("scontrol", "update", f"JobId={number}", "TimeLimit=10")
+    real_slurm.wait(number, lambda _: real_slurm.call(*longer).returncode == 0, limit=60)
     assert re.search(r"saved after iteration \d+; requeued, start 2 follows", run.log), run.log
     job = run.finished(400)
     assert job["Restarts"] == "1"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -59,10 +61,12 @@ def rows(capsys):
     return run
 
 
-@pytest.fixture
-def real(shared, rows):
-    code, found = rows(shared / "logs")
-    assert code == 0
+@pytest.fixture(scope="module")
+def real(shared):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["parse-logs", str(shared / "logs"), "--json"]) == 0
+    found = json.loads(printed.getvalue())
     return {f"{Path(row['file']).relative_to(shared / 'logs')}#{row['run']}": row for row in found}
 
 

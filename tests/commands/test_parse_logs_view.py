@@ -26,6 +26,8 @@ def row(file, times=(2.0, 1.0), run=0, **arguments):
         (["/x/ab/1.out", "/x/ac/1.out"], ["ab/1.out", "ac/1.out"]),
         (["1.out"], ["1.out"]),
         (["1.out", "a/1.out"], ["1.out", "a/1.out"]),
+        (["runs/a/metrics.jsonl", "runs/b/metrics.jsonl"], ["a", "b"]),
+        (["runs/a/metrics.jsonl"], ["a"]),
         ([], []),
     ],
 )

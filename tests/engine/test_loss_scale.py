@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megactl.config.schema import Training
@@ -50,6 +50,7 @@ def by_megatron(training: Training, pattern: str) -> list[float]:
     return found
 
 
+@settings(deadline=None)
 @given(st.text("x.", max_size=60), st.integers(1, 5), st.integers(1, 4), st.sampled_from([0.25, 1.0, 64.0]))
 def test_the_scale_moves_by_megatrons_rule(pattern, window, hysteresis, least):
     training = dynamic(window=window, hysteresis=hysteresis, least=least)
@@ -93,6 +94,7 @@ def test_scaling_and_unscaling_cancel():
     assert torch.equal(made.unscaled(made.scaled(value)), value)
 
 
+@settings(deadline=None)
 @given(st.text("x.", max_size=20), st.text("x.", max_size=20))
 def test_a_restored_scale_goes_on_as_the_unbroken_one(before, rest):
     whole, first, second = (LossScale(dynamic(), CPU) for _ in range(3))

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 
 from megactl.cluster.lint.directives import Option, Piece, first_code_line, read_directives, take_options
-from megactl.cluster.lint.shell import Assignment, Command, Parsed, parse
+from megactl.cluster.lint.shell import parse
+from megactl.cluster.lint.syntax import Assignment, Command, Parsed
 
 # What a variable may hold here: a script that doubles a variable in each line must not take quadratic time.
 _LONGEST_VALUE = 4096

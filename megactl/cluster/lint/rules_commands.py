@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from megactl.cluster.lint.batch import TRAINS, Batch, command_name
 from megactl.cluster.lint.findings import Hit, Rule
 from megactl.cluster.lint.rules_ranks import tasks_of, training
-from megactl.cluster.lint.shell import Command
+from megactl.cluster.lint.syntax import Command
 from megactl.cluster.quoting import shown
 from megactl.cluster.slurm_options import PYXIS, letters, options
 from megactl.config.settings import nearest

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from megactl.cluster.lint.batch import MEGACTL, NODE_LAUNCHERS, SPREADERS, TORCHRUN, TRAINS, Batch, Srun, command_name
+from megactl.cluster.lint.batch import MEGACTL, NODE_LAUNCHERS, SPREADERS, TRAINS, Batch, Srun, command_name
 from megactl.cluster.lint.findings import Hit, Rule
-from megactl.cluster.lint.shell import Expansion
+from megactl.cluster.lint.syntax import Expansion
 from megactl.cluster.quoting import shown
 
 # Set by srun for each task; in the batch script they are unset, or those of its first node.
@@ -214,11 +214,6 @@ def visible_devices(batch: Batch) -> Iterator[Hit]:
         if assignment.name == "CUDA_VISIBLE_DEVICES" and assignment.value.text[:1].isdigit() and batch.is_job:
             value = f"CUDA_VISIBLE_DEVICES={assignment.value.text}"
             yield Hit(assignment.line, value, "Slurm sets it for each task, and these may be another job's GPUs", "delete the line")
-
-
-def launcher_named(batch: Batch) -> bool:
-    """Whether the script starts torchrun or its older names."""
-    return any(TORCHRUN.search(text) for _, text in batch.launches)
 
 
 RULES = (

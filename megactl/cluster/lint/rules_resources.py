@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from megactl.cluster.formats import seconds_of
-from megactl.cluster.lint.batch import Batch, command_name, gpus_of
+from megactl.cluster.lint.batch import TORCHRUN, Batch, command_name, gpus_of
 from megactl.cluster.lint.findings import Hit, Rule
 from megactl.cluster.quoting import shown
 
@@ -195,7 +195,7 @@ def signal_traps(batch: Batch) -> Iterator[Hit]:
 def signal_and_torchrun(batch: Batch) -> Iterator[Hit]:
     """torchrun ends its ranks on a signal without letting them save."""
     option, found = batch.option("signal"), _signal(batch)
-    by_torchrun = any(re.search(r"torchrun|torch\.distributed\.(?:run|launch)", text) for _, text in batch.launches)
+    by_torchrun = any(TORCHRUN.search(text) for _, text in batch.launches)
     if option is not None and found is not None and "B" not in found[0] and by_torchrun:
         rule = "the signal goes to torchrun, which ends its ranks before they can save"
         yield Hit(option.line, option.written, rule, "start one srun task a GPU without torchrun")

@@ -1,6 +1,6 @@
 // Finds any of some dozens of fixed strings in text, at a few bytes a cycle whatever the text is.
 //
-// Of each anchor four neighbouring 4-byte pieces are entered into a bitmap. The text is probed at every fourth byte: an anchor that
+// Of each anchor four neighbouring 4-byte pieces are entered into a table. The text is probed at every fourth byte: an anchor that
 // lies there is met by one of its pieces, and almost nothing else is, so memcmp is rare. No step depends on the one before, which
 // is what makes it fast without instructions of a particular processor. An anchor of two bytes is looked for with memchr.
 #pragma once
@@ -10,8 +10,12 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <unordered_set>
 #include <utility>
 #include <vector>
+
+#include "log_text.h"
 
 namespace megactl::native {
 
@@ -28,10 +32,14 @@ struct Anchor {
 
 class AnchorSet {
 public:
-    explicit AnchorSet(std::vector<Anchor> anchors) : anchors_(std::move(anchors)), first_(kSlots, kNone) {
+    // `common`: text such as logs are full of. Of each anchor those pieces are entered that are not in it, as far as there are any: a
+    // piece that is met in vain costs as much as a hundred bytes without one. What is found does not depend on it.
+    AnchorSet(std::vector<Anchor> anchors, const std::string& common) : anchors_(std::move(anchors)) {
+        std::unordered_set<uint32_t> avoided;
+        for (size_t at = 0; at + kPiece <= common.size(); ++at) avoided.insert(load(common.data() + at));
         for (uint32_t index = 0; index < anchors_.size(); ++index) {
             if (anchors_[index].text.size() == 2) pairs_.push_back(index);
-            else enter(index);
+            else enter(index, avoided);
         }
     }
 
@@ -41,7 +49,7 @@ public:
         for (; end - at >= kWindow; at += 4 * kStride) {
             if (__builtin_expect(!probe4(at), 1)) continue;
             for (size_t step = 0; step < 4; ++step)
-                if (is_met(at + step * kStride, begin, end)) return at + step * kStride;
+                if (probe(at + step * kStride) && is_met(at + step * kStride, begin, end)) return at + step * kStride;
         }
         for (; end - at >= static_cast<ptrdiff_t>(kPiece); at += kStride)
             if (probe(at) && is_met(at, begin, end)) return at;
@@ -58,8 +66,9 @@ public:
         return first;
     }
 
-    // The kinds of every anchor in [begin, end), and the first anchor of the table with lines to follow (nullptr: none).
-    uint64_t kinds(const char* begin, const char* end, const Anchor** opens) const {
+    // The kinds of every anchor in [begin, end), and the first anchor of the table with lines to follow (nullptr: none). has_pair: false
+    // where it is known that no anchor of two bytes is there.
+    uint64_t kinds(const char* begin, const char* end, bool has_pair, const Anchor** opens) const {
         uint64_t found = 0;
         uint32_t opener = kNone;
         const auto use = [&](uint32_t anchor) {
@@ -70,23 +79,25 @@ public:
         const char* at = begin;
         for (; end - at >= kWindow; at += 4 * kStride) {
             if (__builtin_expect(!probe4(at), 1)) continue;
-            for (size_t step = 0; step < 4; ++step) each_met(at + step * kStride, begin, end, use);
+            for (size_t step = 0; step < 4; ++step)
+                if (probe(at + step * kStride)) each_met(at + step * kStride, begin, end, use);
         }
         for (; end - at >= static_cast<ptrdiff_t>(kPiece); at += kStride)
             if (probe(at)) each_met(at, begin, end, use);
         for (uint32_t index : pairs_)
-            if (pair_in(anchors_[index].text, begin, end) != nullptr) use(index);
+            if (has_pair && pair_in(anchors_[index].text, begin, end) != nullptr) use(index);
         *opens = opener == kNone ? nullptr : &anchors_[opener];
         return found;
     }
 
 private:
     static constexpr uint32_t kNone = 0xffffffffu;
-    static constexpr size_t kSlots = 1u << 16;
+    static constexpr size_t kSlots = 1u << 16, kChains = 256;
     static constexpr ptrdiff_t kWindow = 4 * kStride + kPiece;
 
     struct Entry {
-        uint32_t piece, anchor, offset, next;
+        uint32_t piece, neighbour, anchor;
+        int32_t beside, offset, rest;  // of the piece: to the neighbour, from the anchor's start, to its end
     };
 
     static uint32_t load(const char* at) {
@@ -97,25 +108,23 @@ private:
 
     static uint32_t slot(uint32_t piece) { return (piece * 0x9e3779b1u) >> 16; }
 
-    bool probe(const char* at) const {
-        const uint32_t place = slot(load(at));
-        return (bits_[place >> 6] >> (place & 63)) & 1;
-    }
+    bool probe(const char* at) const { return entered_[slot(load(at))] != 0; }
 
     // Any of four probes; none waits for another.
     bool probe4(const char* at) const {
-        return probe(at) | probe(at + kStride) | probe(at + 2 * kStride) | probe(at + 3 * kStride);
+        const auto entered = [&](size_t step) { return entered_[slot(load(at + step * kStride))]; };
+        return (entered(0) | entered(1) | entered(2) | entered(3)) != 0;
     }
 
     template <typename Use>
     bool each_met(const char* at, const char* begin, const char* end, Use use) const {
         const uint32_t piece = load(at);
-        for (uint32_t entry = first_[slot(piece)]; entry != kNone; entry = entries_[entry].next) {
-            const Entry& here = entries_[entry];
+        for (const Entry& here : chains_[entered_[slot(piece)]]) {
+            if (here.piece != piece || at - begin < here.offset || end - at < here.rest) continue;
+            // Four bytes beside the piece decide nearly always: "number of", say, is common, and the anchor that it begins is not.
+            if (load(at + here.beside) != here.neighbour) continue;
             const std::string& text = anchors_[here.anchor].text;
-            if (here.piece != piece || at - begin < static_cast<ptrdiff_t>(here.offset)) continue;
-            const char* start = at - here.offset;
-            if (end - start < static_cast<ptrdiff_t>(text.size()) || std::memcmp(start, text.data(), text.size()) != 0) continue;
+            if (!same(at - here.offset, text.data(), text.size())) continue;
             if (use(here.anchor)) return true;
         }
         return false;
@@ -135,12 +144,12 @@ private:
 
     // How often a character is met in logs, roughly: which piece of an anchor is entered decides how often it is met in vain.
     static int commonness(char c) {
-        if (std::strchr(" *-=etaoinsr0", c)) return 4;
-        if (std::strchr("NCLIFOldchumpg_./1", c)) return 3;
+        if (std::string_view(" *-=etaoinsr0").find(c) != std::string_view::npos) return 4;
+        if (std::string_view("NCLIFOldchumpg_./1").find(c) != std::string_view::npos) return 3;
         return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ? 2 : 1;
     }
 
-    void enter(uint32_t index) {
+    void enter(uint32_t index, const std::unordered_set<uint32_t>& avoided) {
         const std::string& text = anchors_[index].text;
         if (text.size() < kShortestAnchor) throw std::invalid_argument("anchor '" + text + "': must have 2 bytes, or 7 and more");
         size_t best = 0;
@@ -148,20 +157,24 @@ private:
         for (size_t offset = 0; offset + kShortestAnchor <= text.size(); ++offset) {
             int sum = 0;
             for (size_t i = 0; i < kShortestAnchor; ++i) sum += commonness(text[offset + i]);
+            for (size_t i = 0; i < kStride; ++i) sum += avoided.count(load(text.data() + offset + i)) ? 100 : 0;
             if (sum < lowest) lowest = sum, best = offset;
         }
         for (size_t offset = best; offset < best + kStride; ++offset) {
-            const uint32_t piece = load(text.data() + offset), place = slot(piece);
-            entries_.push_back({piece, index, static_cast<uint32_t>(offset), first_[place]});
-            first_[place] = static_cast<uint32_t>(entries_.size() - 1);
-            bits_[place >> 6] |= uint64_t{1} << (place & 63);
+            const uint32_t piece = load(text.data() + offset);
+            uint8_t& chain = entered_[slot(piece)];
+            if (chain == 0) chain = static_cast<uint8_t>(1 + used_++ % (kChains - 1));
+            const int32_t from = static_cast<int32_t>(offset), rest = static_cast<int32_t>(text.size() - offset);
+            const int32_t beside = rest >= static_cast<int32_t>(2 * kPiece) ? kPiece : (from >= static_cast<int32_t>(kPiece) ? -4 : rest - 4);
+            chains_[chain].push_back({piece, load(text.data() + from + beside), index, beside, from, rest});
         }
     }
 
     std::vector<Anchor> anchors_;
-    std::array<uint64_t, kSlots / 64> bits_{};
-    std::vector<uint32_t> first_;
-    std::vector<Entry> entries_;
+    // The chain of a piece; 0: none. A byte for each slot: twice as fast as a bit, and still in the second-level cache.
+    std::array<uint8_t, kSlots> entered_{};
+    std::array<std::vector<Entry>, kChains> chains_;
+    size_t used_ = 0;
     std::vector<uint32_t> pairs_;
 };
 

@@ -235,7 +235,7 @@ inline void drop_placeholders(Iteration& row) {
 inline bool is_timer_name(std::string_view name) {
     if (name.empty() || name.size() > kLongestKey || !is_letter(name.front())) return false;
     for (char c : name)
-        if (!is_letter(c) && !is_digit(c) && !std::strchr(" -_/,.", c)) return false;
+        if (!is_letter(c) && !is_digit(c) && std::string_view(" -_/,.").find(c) == std::string_view::npos) return false;
     return true;
 }
 

@@ -38,7 +38,7 @@ struct Note {
 
 class LogScanner {
 public:
-    LogScanner(std::vector<Anchor> anchors, size_t cap) : anchors_(std::move(anchors)), cap_(cap) {}
+    LogScanner(std::vector<Anchor> anchors, const std::string& common, size_t cap) : anchors_(std::move(anchors), common), cap_(cap) {}
 
     void feed(const char* data, size_t size) {
         const char *at = data, *end = data + size;
@@ -108,27 +108,42 @@ private:
     }
 
     void close_open(bool terminated) {
-        read_line(carry_, line_, terminated && !cut_);
+        read_line(carry_, line_, {terminated && !cut_, true, true});
         carry_.clear();
         open_ = cut_ = false;
     }
 
+    // The next place of something in a text that is gone through once: what was found further on is remembered, since looking for it
+    // again from every line would cost a pass over the text each time.
+    class Next {
+    public:
+        template <typename Find>
+        const char* from(const char* at, Find find) {
+            if (place_ == nullptr || place_ < at) place_ = find(at);
+            return place_;
+        }
+
+    private:
+        const char* place_ = nullptr;
+    };
+
     // Whole lines: jumps from anchor to anchor, line by line only where lines follow an anchor.
     void scan_lines(const char* begin, const char* end) {
-        // What was found further on is remembered: looked for again from every line, it would cost a pass over the text each time.
-        const char *at = begin, *counted = begin, *newline = begin, *pair = begin, *anchor = begin;
+        const char *at = begin, *counted = begin;
+        Next next_anchor, next_pair, newline, carriage, escape;
         while (at < end) {
-            if (anchor < at || anchor == begin) anchor = found_or(anchors_.find(at, end), end);
-            if (pair < at || pair == begin) pair = found_or(anchors_.find_pair(at, end), end);
+            const char* anchor = next_anchor.from(at, [&](const char* from) { return found_or(anchors_.find(from, end), end); });
+            const char* pair = next_pair.from(at, [&](const char* from) { return found_or(anchors_.find_pair(from, end), end); });
             const char* hit = left_ > 0 ? at : std::min(anchor, pair);
             if (hit == end) break;
             const char* start = line_start(at, hit);
-            if (newline < hit || newline == begin) newline = find_byte(hit, end, '\n');
-            const char* stop = find_byte(hit, newline, '\r');
+            const char* stop = std::min(newline.from(hit, [&](const char* from) { return find_byte(from, end, '\n'); }),
+                                        carriage.from(hit, [&](const char* from) { return find_byte(from, end, '\r'); }));
             line_ += count_newlines(counted, start);
             counted = start;
             const size_t size = static_cast<size_t>(stop - start);
-            read_line(std::string_view(start, std::min(size, cap_)), line_, size <= cap_);
+            const bool colours = escape.from(start, [&](const char* from) { return find_byte(from, end, '\x1b'); }) < stop;
+            read_line(std::string_view(start, std::min(size, cap_)), line_, {size <= cap_, colours, pair < stop});
             at = stop + 1;
         }
         line_ += count_newlines(counted, end);
@@ -153,12 +168,17 @@ private:
         return found == nullptr ? end : static_cast<const char*>(found);
     }
 
-    void read_line(std::string_view line, int64_t number, bool terminated) {
+    // What is known of a line: whether it was whole, and whether it may hold escape sequences and anchors of two bytes.
+    struct About {
+        bool terminated, escapes, pairs;
+    };
+
+    void read_line(std::string_view line, int64_t number, About about) {
         const Anchor* opens = nullptr;
-        const uint64_t kinds = anchors_.kinds(line.data(), line.data() + line.size(), &opens);
-        const bool in_block = left_ > 0;
+        const uint64_t kinds = anchors_.kinds(line.data(), line.data() + line.size(), about.pairs, &opens);
+        const bool in_block = left_ > 0, terminated = about.terminated;
         if (kinds == 0 && !in_block) return;
-        if (line.find('\x1b') != std::string_view::npos) line = clean_ = without_escapes(line);
+        if (about.escapes && line.find('\x1b') != std::string_view::npos) line = clean_ = without_escapes(line);
         if (kinds & kStart) recent_.clear(), last_iteration_ = -1;
         if (kinds & kIterationLine) read_iterations(line, number);
         if (kinds & kTimerLine) timers_.read_line(line, number, terminated);

@@ -29,9 +29,15 @@ def _operator(name: str) -> _Operator:
     return _Operator(getattr(torch.ops.megactl, name).default)
 
 
+@functools.cache
+def _short_way() -> bool:
+    """Whether this torch has what the short way is made of, which is not of its public interface. The long way computes the same."""
+    return all(hasattr(torch._C, name) for name in ("_are_functorch_transforms_active", "_any_requires_grad", "_AutoDispatchBelowAutograd"))
+
+
 def compiled(name: str, *arguments: Any) -> Any:
     """torch.ops.megactl.<name>(*arguments), recorded for backward where autograd would. The operators must be loaded."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or not _short_way() or torch._C._are_functorch_transforms_active():
         return getattr(torch.ops.megactl, name)(*arguments)
     operator = _operator(name)
     if operator.function is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):

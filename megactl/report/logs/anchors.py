@@ -71,7 +71,7 @@ _BLOCKS = (
 
 _LINES: tuple[tuple[Kind, tuple[bytes, ...]], ...] = (
     (Kind.ITERATION, (b"elapsed time per iteration",)),
-    (Kind.TIMER_LINE, (b"time (ms)",)),
+    (Kind.TIMER_LINE, (b"time (ms) |",)),
     (Kind.WORLD | Kind.START, (b"using world size",)),
     (Kind.DEGREES, (b"data_parallel_size: ",)),
     (
@@ -80,7 +80,10 @@ _LINES: tuple[tuple[Kind, tuple[bytes, ...]], ...] = (
     ),
     (Kind.MEMORY, (b"memory (MB)", b"Max_MA ", b"CPU Virtual Memory:", b"MaxMemAllocated=")),
     (Kind.EVALUATION | Kind.INTERRUPTION, (b" loss at iteration", b" loss at the end")),
-    (Kind.CHECKPOINT | Kind.INTERRUPTION, (b"saving checkpoint at", b"saved checkpoint ", b"/checkpoints/step-", b"Saving model checkpoint")),
+    (
+        Kind.CHECKPOINT | Kind.INTERRUPTION,
+        (b"saving checkpoint at", b"saved checkpoint ", b"/checkpoints/step-", b"Saving model checkpoint"),
+    ),
     (Kind.DATE, (b"] datetime",)),
     (Kind.DEEPSPEED | Kind.START, (b"DeepSpeed info: version",)),
     (Kind.DEEPSPEED_CONFIG, (b":print] ",)),
@@ -90,11 +93,18 @@ _LINES: tuple[tuple[Kind, tuple[bytes, ...]], ...] = (
     (Kind.HF_LOG | Kind.EVENT, (b"'train_runtime'",)),
     (
         Kind.HF_INFO,
-        (b"Running training *****", b"Total optimization steps", b"Total train batch size", b"Instantaneous batch size", b"Accumulation steps =", b"Overriding config: "),
+        (
+            b"Running training *****",
+            b"ization steps =",
+            b"Total train batch size",
+            b"Instantaneous batch size",
+            b"Accumulation steps =",
+            b"Overriding config: ",
+        ),
     ),
     (Kind.TRACE, (b"--num-layers", b"--model_name_or_path", b"--model_type", b"NNODES=", b"GPUS_PER_NODE=")),
     (Kind.ACTIVATIONS, (b"Partition Activations ", b"Memory Checkpointing ")),
-    (Kind.METRICS_LINE, (b'{"iteration": ', b'{"kind": "eval"')),
+    (Kind.METRICS_LINE, (b'"consumed_samples": ', b'{"kind": "eval"')),
     (Kind.SUMMARY, (b"Effective Tera Flops", b"Checkpoint Save GB", b"MODEL_TFLOP/s/GPU")),
     (Kind.VOCABULARY, (b"padded vocab (size:",)),
     (
@@ -114,3 +124,24 @@ _LINES: tuple[tuple[Kind, tuple[bytes, ...]], ...] = (
 )
 
 ANCHORS: tuple[Anchor, ...] = (*_BLOCKS, *(Anchor(text, kinds) for kinds, texts in _LINES for text in texts))
+
+# What logs are full of: the compiled scanner looks for anchors by those of their bytes that are not in here.
+COMMON = (
+    b" iteration | consumed samples: | consumed tokens: | elapsed time per iteration (s): | throughput per GPU (TFLOP/s/GPU):"
+    b" | learning rate:"
+    b" | global batch size: | lm loss: | sop loss: | loss scale: | grad norm: | num zeros: | params norm: | curriculum seqlen: "
+    b"| number of skipped iterations: | number of nan iterations: | samples per second: | TFLOPs: | tokens/s: | ETA: |"
+    b" | forward-compute: | forward-recv: | forward-send: | backward-compute: | backward-send: | backward-recv: |"
+    b" forward-backward-send-forward-backward-recv: | backward-send-forward-recv: | backward-params-all-reduce: |"
+    b" backward-embedding-all-reduce: | layernorm-grads-all-reduce | embedding-grads-all-reduce | all-grads-sync | params-all-gather |"
+    b" optimizer-copy-to-main-grad: | optimizer-unscale-and-check-inf: | optimizer-clip-main-grad: | optimizer-count-zeros: |"
+    b" optimizer-inner-step: | optimizer-copy-main-to-model-params: | optimizer: | batch-generator: | save-checkpoint: |"
+    b" NCCL INFO Channel : Trees via P2P/IPC/read/direct NET/IB comm rank nranks cudaDev busId Init COMPLETE threadThresholds coll channels"
+    b" [INFO] [WARNING] [default0]: .py: UserWarning: FutureWarning: DeprecationWarning: warnings.warn( torch.distributed rank "
+    b" > loading doc-idx mapping from shuffle-idx sample-idx .npy loaded indexed file in seconds total number of samples: epochs:"
+    b" documents:"
+    b" reading building dataset index creating numpy buffer view finished training validation test model layers "
+    b" setting environment variable process default system being overloaded please further tune performance application needed "
+    b"**************** ---------------- ================ ................ ment ation mapping optimized called total training trainer loss"
+    b" ParallelTransformerLayer tensor pipeline data parallel group initialized with the and for using this will file data config "
+)

@@ -21,7 +21,10 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("hardware", r"ECC error|NVRM: Xid|illegal memory access|[Bb]us error|launch failure|device-side assert"),
     ("nccl", r"NCCL error|Watchdog caught|DistBackendError|nccl\w*Error|Connection closed by|initializing process group"),
     ("config", r"error: (unrecognized arguments|argument |the following arguments are required|ambiguous option)|invalid choice: "),
-    ("config", r"Check batch related parameters|are incompatible with|value \S+ and checkpoint ?value|but the current world size is|ConfigError"),
+    (
+        "config",
+        r"Check batch related parameters|are incompatible with|value \S+ and checkpoint ?value|but the current world size is|ConfigError",
+    ),
     ("nan", r"found (NaN|Inf) in|already at minimum|[Ll]oss is (nan|NaN)"),
     ("killed-subprocess", r"Killing subprocess|received SIGTERM, exiting"),
     ("stopped", r"\[exiting program"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megactl.errors import MegactlError
 from megactl.report.logs.layout import switch
 from megactl.report.logs.rows import Row
+from megactl.report.logs.run_folder import named_after
 from megactl.storage import durable
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _recompute(row: Row) -> str:
 
 def _by_name(row: Row, part: str) -> bool | None:
     """Whether the file's name carries `part`, or `no-` and `part`, as the scripts of the experiments do; None where it has neither."""
-    name = os.path.basename(row.source.file)
+    name = named_after(row.source.file)
     return None if part not in name else f"no-{part}" not in name
 
 

@@ -6,7 +6,8 @@ A name is what somebody typed, so its facts are used only where asked for, and o
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
+
+from megactl.report.logs.run_folder import named_after
 
 _KEYS = {"n": "nodes"}
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])(tp|pp|dp|vpp|mbs|gbs|gas|seq|zero|n)[-_=]?(\d{1,9})(?![A-Za-z0-9])", re.IGNORECASE)
@@ -20,7 +21,7 @@ def facts(file: str) -> dict[str, int | float]:
     The value follows its key with or without one of `-`, `_`, `=`. A key that stands there twice with two values says nothing. Of
     mbs, dp and gas together, gbs is their product.
     """
-    name = PurePath(file).name
+    name = named_after(file)
     found: dict[str, set[int | float]] = {}
     for key, digits in _NUMBER.findall(name):
         found.setdefault(_KEYS.get(key.lower(), key.lower()), set()).add(int(digits))
@@ -34,5 +35,5 @@ def facts(file: str) -> dict[str, int | float]:
 
 def experiment(file: str) -> str | None:
     """The experiment of the SC21 paper that the base name carries, as `figure_13` or `table_1`; None without one."""
-    match = _EXPERIMENT.search(PurePath(file).name)
+    match = _EXPERIMENT.search(named_after(file))
     return f"{match[1].lower()}_{int(match[2])}" if match else None

@@ -7,6 +7,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megactl.report.logs.run_folder import is_run_folder
+from megactl.report.records import METRICS_FILE
+
 ENDINGS = (".out", ".log", ".err", ".txt")
 PACKED = (".gz", ".zst")
 
@@ -24,7 +27,10 @@ class Found:
 
 
 def find_logs(arguments: Sequence[str]) -> Found:
-    """The files that `arguments` mean. Of a folder: the files below it that end in .out, .log, .err or .txt, packed or not."""
+    """The files that `arguments` mean. Of a folder: the files below it that end in .out, .log, .err or .txt, packed or not.
+
+    A run directory of megactl among them stands for its metrics.jsonl.
+    """
     found, seen = Found(), set()
     for argument in arguments:
         for path, walked in _expand(argument, found):
@@ -56,7 +62,14 @@ def _expand(argument: str, found: Found) -> list[tuple[str, bool]]:
 
 
 def _below(folder: str) -> list[tuple[str, bool]]:
-    paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if _is_log(name)]
+    paths = []
+    for place, below, names in os.walk(folder):
+        if is_run_folder(place):
+            # Its rank logs and its own file tell of one run; checkpoints are many files.
+            below.clear()
+            paths.append(os.path.join(place, METRICS_FILE))
+        else:
+            paths += [os.path.join(place, name) for name in names if _is_log(name)]
     return [(path, True) for path in sorted(paths)]
 
 

@@ -12,11 +12,14 @@ from megactl.report.logs.parser import CONFIGURATION, DUMP, OpenRun, Parser
 from megactl.report.logs.records import Evaluation
 
 _BAR = re.compile(
-    r"\s*[0-9]{1,3}%\|[^|]{0,400}\| ([0-9]{1,15})/([0-9]{1,15}) \[(?:([0-9]{1,9}):)?([0-9]{1,2}):([0-9]{2})<[^,\]]{1,40}, +([0-9.]{1,20})(s/it|it/s)"
+    r"\s*[0-9]{1,3}%\|[^|]{0,400}\| ([0-9]{1,15})/([0-9]{1,15}) "
+    r"\[(?:([0-9]{1,9}):)?([0-9]{1,2}):([0-9]{2})<[^,\]]{1,40}, +([0-9.]{1,20})(s/it|it/s)"
 )
 _PAIR = re.compile(r"'(\w{1,64})': '?(-?[0-9.]{1,30}(?:[eE][+-]?[0-9]{1,4})?|nan|-?inf)'?[,}]")
 _METRIC = re.compile(r"(\w+) += +(\S+)")
-_INFO = re.compile(r"(Total optimization steps|Total train batch size|Instantaneous batch size per device|Accumulation steps)[^=]{0,80}= ([0-9,]{1,20})")
+_INFO = re.compile(
+    r"(Total optimization steps|Total train batch size|Instantaneous batch size per device|Accumulation steps)[^=]{0,80}= ([0-9,]{1,20})"
+)
 _TRAINABLE = re.compile(r"Number of trainable parameters = ([0-9,]{1,24})")
 _NAMES = {
     "Total train batch size": "train_batch_size",
@@ -31,9 +34,7 @@ _MOST_EVALUATIONS = 10_000
 class HuggingFace(Parser):
     """Its lines; the times of steps come from the bar's clock, and losses from the dictionaries."""
 
-    kinds: ClassVar[Kind] = (
-        Kind.HF_ARGUMENTS | Kind.HF_PROGRESS | Kind.HF_LOG | Kind.HF_METRICS | Kind.HF_INFO | Kind.PARAMETERS
-    )
+    kinds: ClassVar[Kind] = Kind.HF_ARGUMENTS | Kind.HF_PROGRESS | Kind.HF_LOG | Kind.HF_METRICS | Kind.HF_INFO | Kind.PARAMETERS
 
     def __init__(self, open_run: OpenRun) -> None:
         super().__init__(open_run)

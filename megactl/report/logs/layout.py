@@ -167,7 +167,7 @@ def _follow(layout: Layout, run: Run) -> None:
     if split and layout.gpus and layout.gpus % split == 0:
         layout.settle("dp", layout.gpus // split, "gpus / (tp x pp x cp)" if layout.cp else "gpus / (tp x pp)")
     layout.settle("gpus", _product(split, layout.dp), "tp x pp x dp")
-    printed = [int(value) for value in run.iterations.global_batch if math.isfinite(value) and value > 0]
+    printed = [int(value) for value in run.iterations.global_batch if 1 <= value <= _MOST]
     if printed and layout.gbs != printed[-1]:
         layout.gbs, layout.derived["gbs"] = printed[-1], "of the last iteration line"
     layout.settle("gbs", _product(layout.mbs, layout.gas, layout.dp), "mbs x gas x dp")

@@ -74,7 +74,7 @@ class IterationReader:
         if line.strip(b" \t").startswith(b"#"):
             return
         heads = [match for match in _HEAD.finditer(line) if _fits(match[1]) and (match[2] == b"infinity" or _fits(match[2]))]
-        for match, behind in zip(heads, [*heads[1:], None], strict=True):
+        for match, behind in zip(heads, [*heads[1:], None], strict=False):
             row = Iteration(int(match[1]), -1 if match[2] == b"infinity" else int(match[2]))
             # What is behind the last bar was cut, and its number with it.
             for piece in line[match.end() : behind.start() if behind else len(line)].split(b"|")[:-1]:

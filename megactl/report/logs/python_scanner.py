@@ -199,4 +199,3 @@ class PythonScanner:
             lines, values = self._timers.setdefault(name, (array("q"), array("d")))
             lines.append(number)
             values.append(milliseconds)
-

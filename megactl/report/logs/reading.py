@@ -19,7 +19,7 @@ from megactl.report.logs.scanning import Batch, Scanner, make_scanner
 # Values held by the scanner before they are taken over; some megabytes.
 _MOST_WAITING = 1 << 17
 _SAMPLE = 1 << 16
-# Control characters that no text has, in a tenth of the bytes; and what files start with that are no text.
+# Control characters that text has next to none of; and what files start with that are no text.
 _CONTROL = re.compile(rb"[\x01-\x06\x0e-\x1a\x1c-\x1f\x7f]")
 _MAGIC = ((b"\x7fELF", "a program"), (b"PK\x03\x04", "a zip archive or a PyTorch checkpoint"), (b"\x89PNG", "a picture"),
           (b"\x80\x02", "a pickle"), (b"\x80\x04\x95", "a pickle"), (b"%PDF", "a PDF"), (b"\x89HDF", "an HDF5 file"))  # fmt: skip
@@ -119,5 +119,5 @@ def _refuse_binary(start: bytes) -> None:
         if start.startswith(magic):
             raise Refused("binary", f"it is {what}, not a text")
     sample = start[:_SAMPLE].replace(b"\0", b"")
-    if len(_CONTROL.findall(sample)) * 10 > len(sample):
+    if len(_CONTROL.findall(sample)) * 30 > len(sample):
         raise Refused("binary", "it is not a text")

@@ -15,6 +15,7 @@ from megactl.report.logs.architecture import architecture_of
 from megactl.report.logs.filename import facts
 from megactl.report.logs.layout import FIELDS, Layout, layout_of, switch, text
 from megactl.report.logs.records import Run
+from megactl.report.logs.run_folder import add_settings
 from megactl.report.logs.speed import Speed, is_time, speed_of
 from megactl.report.logs.status import status_of
 
@@ -57,6 +58,7 @@ class Row:
 
 def row_of(run: Run, given: Given) -> Row:
     """The row of one run."""
+    add_settings(run)
     layout = layout_of(run, from_filename=given.from_filename)
     for name, value, flag in (("gpus", given.ng, "--ng"), ("seq", given.seq, "--seq")):
         if value is not None and getattr(layout, name) != value:
@@ -166,7 +168,12 @@ def _work(row: Row, given: Given, model: Model | None, problem: str | None) -> N
     if model is None:
         layout.derived["exact"] = problem or ""
         return
-    exact = utilization(model, peak_tflops=_peak(row.source.arguments, given.gpu), recompute=recompute or "full", **batch)
+    exact = utilization(
+        model,
+        peak_tflops=_peak(row.source.arguments, given.gpu or row.source.arguments.get("gpu_name")),
+        recompute=recompute or "full",
+        **batch,
+    )
     values["exact"] = exact.as_dict()
     if recompute is None:
         values["exact"] |= {"hfu_tflops": None, "hfu": None}

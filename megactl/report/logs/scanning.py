@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-from megactl.report.logs.anchors import ANCHORS
+from megactl.report.logs.anchors import ANCHORS, COMMON
 
 
 class Batch(NamedTuple):
@@ -47,5 +47,5 @@ def make_scanner(cap: int) -> Scanner:
     if native is None:
         return PythonScanner(cap)
     table = [(anchor.text, int(anchor.kinds), anchor.follow, anchor.until) for anchor in ANCHORS]
-    scanner: Scanner = native.LogScanner(table, cap)
+    scanner: Scanner = native.LogScanner(table, COMMON, cap)
     return scanner

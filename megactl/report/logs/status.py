@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megactl.report.logs.events import classify
 from megactl.report.logs.records import Event, Run
+from megactl.report.logs.run_folder import ENDS
 
 STATUSES = ("completed", "time-limit", "cancelled", "oom-gpu", "oom-host", "nccl", "nan", "config", "crashed", "no-iterations")
 
@@ -50,6 +52,9 @@ def status_of(run: Run) -> Status:
         return _from(cause)
     if _lost(run):
         return Status("nan", f"{_at(run)}: the loss or the gradients are no longer numbers")
+    own = _from_summary(run)
+    if own is not None:
+        return own
     if ends:
         return _from(_first(ends))
     if _finished(run):
@@ -57,6 +62,16 @@ def status_of(run: Run) -> Status:
     if "train_runtime" in run.summary:
         return Status("completed", f"train_runtime = {run.summary['train_runtime']:g} s, which the Trainer states when training is over")
     return _without_an_event(run)
+
+
+def _from_summary(run: Run) -> Status | None:
+    """What the run's own summary.json says; its error is read as the same line of a log would be."""
+    stated, error = run.summary.get("own_status"), run.summary.get("own_error")
+    if stated not in ENDS:
+        return None
+    kind = classify(str(error)) if stated == "failed" and error else None
+    text = f"summary.json: {stated}" + (f": {error}" if error else "")
+    return Status(_KINDS.get(kind or "", ENDS[stated]), text)
 
 
 def _from(event: Event) -> Status:
