@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/clones.h"
+#include "kernels/cpu/convert.h"
 #include "kernels/dtype.h"
 #include "kernels/philox.h"
 
@@ -82,16 +83,22 @@ MEGACTL_INLINE void dropout_run(const Stream& stream, uint64_t first, int64_t n,
     const C factor = static_cast<C>(scale);
     const auto drop = [&](uint64_t block, uint32_t* bits) __attribute__((always_inline)) { draw_for_dropout(stream, block, threshold, bits); };
     for_each_piece<8>(drop, first, n, [&](const uint32_t* words, int from, int count, int64_t done) __attribute__((always_inline)) {
-        const T* xs = x + done;
-        T* ys = y + done;
-        if (residual) {
-            const T* rs = residual + done;
-            for (int i = 0; i < count; ++i) {
-                const C kept = words[from + i] >= threshold ? load(xs[i]) * factor : C(0);
-                ys[i] = Store<T>::from(load(rs[i]) + kept);
+        const T *const xs = x + done, *const rs = residual ? residual + done : nullptr;
+        T* const ys = y + done;
+        // 16-bit elements are converted a piece at a time, which has instructions of its own.
+        if constexpr (sizeof(T) == 2) {
+            alignas(64) float kept[2 * kWords], added[2 * kWords];
+            widen(xs, count, kept);
+            for (int i = 0; i < count; ++i) kept[i] = words[from + i] >= threshold ? kept[i] * factor : 0.0f;
+            if (rs) {
+                widen(rs, count, added);
+                for (int i = 0; i < count; ++i) kept[i] = added[i] + kept[i];
             }
+            narrow(kept, count, ys);
+        } else if (rs) {
+            for (int i = 0; i < count; ++i) ys[i] = rs[i] + (words[from + i] >= threshold ? xs[i] * factor : C(0));
         } else {
-            for (int i = 0; i < count; ++i) ys[i] = Store<T>::from(words[from + i] >= threshold ? load(xs[i]) * factor : C(0));
+            for (int i = 0; i < count; ++i) ys[i] = words[from + i] >= threshold ? xs[i] * factor : C(0);
         }
     });
 }
