@@ -92,7 +92,7 @@ OTHERS = (
     "epoch=0/micro_step=40/global_step=10, RunningAvgSamplesPerSec=25.02, CurrSamplesPerSec=25.70, MaxMemAllocated=38.49GB",
     "MA 2.34 GB         Max_MA 3.81 GB         CA 5.4 GB         Max_CA 5 GB ",
     "[utils.py:597:see_memory_usage] CPU Virtual Memory:  used = 40.02 GB, percent = 21.4%",
-    '[2021-05-26 04:38:20,032] [INFO] [config.py:759:print]   json = {',
+    "[2021-05-26 04:38:20,032] [INFO] [config.py:759:print]   json = {",
     '    "train_batch_size": 64, "zero_optimization": {"stage": 3}',
     "}",
     "Training/evaluation parameters TrainingArguments(output_dir=out, per_device_train_batch_size=4, fsdp_config={'a': (1, 2)},)",
@@ -109,7 +109,26 @@ OTHERS = (
 )
 
 LINES = (*(era[0] for era in ERAS.values()), *OTHERS)
-_PIECES = ("|", ":", " ", "nan", "-inf", "1e999", "\x1b[1;31m", "\x1b]0;t\x07", "\x1b", "\r", "iteration 5/ 10 |", "...: ", "%|", "(", "{", "}", "é", "\0")
+_PIECES = (
+    "|",
+    ":",
+    " ",
+    "nan",
+    "-inf",
+    "1e999",
+    "\x1b[1;31m",
+    "\x1b]0;t\x07",
+    "\x1b",
+    "\r",
+    "iteration 5/ 10 |",
+    "...: ",
+    "%|",
+    "(",
+    "{",
+    "}",
+    "é",
+    "\0",
+)
 
 
 def mutated(draw: random.Random) -> bytes:

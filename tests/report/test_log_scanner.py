@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from array import array
@@ -37,7 +38,7 @@ def scan(scanner, text, pieces=None):
     """Everything found in `text`, fed whole or cut at `pieces`."""
     data = text.encode() if isinstance(text, str) else text
     cuts = [0, *sorted(pieces or []), len(data)]
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         scanner.feed(memoryview(data)[start:end], end - start)
     scanner.finish()
     return Batch(*scanner.take())
@@ -93,7 +94,9 @@ def line(number, milliseconds="100.0", loss="5.0"):
     return f" iteration {number:8d}/     100 | elapsed time per iteration (ms): {milliseconds} | lm loss: {loss} | {TAIL}"
 
 
-@pytest.mark.parametrize("prefix", ["12: ", "[default7]:", "[rank3]: ", "worker-1: ", "\x1b[32m", "garbage without an end ", "[2024-01-01 00:00:00]"])
+@pytest.mark.parametrize(
+    "prefix", ["12: ", "[default7]:", "[rank3]: ", "worker-1: ", "\x1b[32m", "garbage without an end ", "[2024-01-01 00:00:00]"]
+)
 def test_what_launchers_put_before_a_line(scanner, prefix):
     assert column(scan(scanner(CAP), prefix + line(3) + "\x1b[0m\n"), "iteration") == [3]
 
@@ -113,7 +116,8 @@ def test_a_number_that_was_cut_is_no_number(scanner):
 
 
 def test_a_line_without_a_time_is_no_iteration(scanner):
-    text = " iteration 5/ 9 | consumed samples: 3 | elapsed time per iteration (ms): fast |\n# iteration 5/ 9 | elapsed time per iteration (ms): 3.0 |\n"
+    text = " iteration 5/ 9 | consumed samples: 3 | elapsed time per iteration (ms): fast |\n"
+    text += "# iteration 5/ 9 | elapsed time per iteration (ms): 3.0 |\n"
     assert column(scan(scanner(CAP), text), "iteration") == []
 
 
@@ -132,7 +136,7 @@ def test_the_same_iteration_from_another_rank_counts_once(scanner):
 def test_an_iteration_number_that_falls_is_noted(scanner):
     batch = scan(scanner(CAP), "\n".join([line(5), line(6, loss="4.0"), line(5, loss="4.5"), line(6, loss="4.2")]) + "\n")
     assert column(batch, "iteration") == [5, 6, 5, 6]
-    assert [(number, Kind(kinds)) for number, kinds, _ in batch.notes] == [(1, Kind.FIRST), (3, Kind.REWIND)]
+    assert [(number, kinds) for number, kinds, _ in batch.notes] == [(1, Kind.FIRST), (3, Kind.REWIND)]
 
 
 def test_an_interruption_marks_the_next_line(scanner):
@@ -147,7 +151,10 @@ def test_line_numbers_are_an_editors(scanner):
 
 def test_a_long_line_is_read_up_to_the_cap(scanner):
     assert column(scan(scanner(200), "x" * 300 + line(1) + "\n" + line(2) + "\n"), "iteration") == [2]
-    batch = scan(scanner(100), line(2)[:99] + "|" + "y" * 5000 + "|\n" + "z" * 999 + "\n" + " iteration 3/ 9 | elapsed time per iteration (ms): 1.0 |\n")
+    batch = scan(
+        scanner(100),
+        line(2)[:99] + "|" + "y" * 5000 + "|\n" + "z" * 999 + "\n" + " iteration 3/ 9 | elapsed time per iteration (ms): 1.0 |\n",
+    )
     assert column(batch, "iteration") == [2, 3] and column(batch, "line") == [1, 3]
 
 
@@ -169,7 +176,8 @@ def test_timers_of_both_eras(scanner):
 
 
 def test_timers_stop_at_what_is_none(scanner):
-    text = "time (ms) | forward: 1.0 | optimizer: 2.0 iteration 5/ 10 | consumed samples: 3 | forward: 9.0\ntime (ms)\ntime (ms) | a: 1.0 | b: 2.1"
+    text = "time (ms) | forward: 1.0 | optimizer: 2.0 iteration 5/ 10 | consumed samples: 3 | forward: 9.0\ntime (ms)\n"
+    text += "time (ms) | a: 1.0 | b: 2.1"
     assert timers(scan(scanner(CAP), text)) == {"forward": ([1], [1.0]), "a": ([3], [1.0])}
 
 
@@ -191,9 +199,11 @@ def test_a_block_without_its_end_is_bounded(scanner):
 
 @pytest.mark.parametrize(
     "text",
-    ["1", "-1.5", "+2.", ".5", "1e5", "1.5E-05", "1e+22", "123456789012345678901234567890", "0.1", "8.7e-323", "1e-400", "1e400", "-0.0",
-     "9007199254740993", "1.7976931348623157e308", "nan", "-NaN", "Infinity", "-inf", "0000000000000000000000001", "1" * 64, "3.14159265358979323846",
-     "", ".", "+", "1e", "1e+", "--1", "0x10", "1_000", "1" * 65, "1.5 ", "in", "infinit", "1.2.3", "12345678", "1234567890123456", "0.00000012345678"],
+    ["1", "-1.5", "+2.", ".5", "1e5", "1.5E-05", "1e+22", "123456789012345678901234567890", "0.1", "8.7e-323", "1e-400", "1e400",
+     "-0.0", "9007199254740993", "1.7976931348623157e308", "nan", "-NaN", "Infinity", "-inf", "0000000000000000000000001", "1" * 64,
+     "3.14159265358979323846",
+     "", ".", "+", "1e", "1e+", "--1", "0x10", "1_000", "1" * 65, "1.5 ", "in", "infinit", "1.2.3",
+     "12345678", "1234567890123456", "0.00000012345678"],
 )  # fmt: skip
 def test_numbers_are_read_as_python_reads_them(text):
     needs_native()
@@ -211,7 +221,9 @@ def test_random_numbers_are_read_as_python_reads_them():
     draw = random.Random(7)
     texts = [f"{draw.uniform(-1, 1) * 10 ** draw.randrange(-300, 300):.{draw.randrange(20)}{draw.choice('eEfg')}}" for _ in range(3000)]
     texts = [text for text in texts if len(text) <= 64]
-    lines = "".join(f" iteration {number}/ 1 | elapsed time per iteration (s): 1 | grad norm: {text} |\n" for number, text in enumerate(texts))
+    lines = "".join(
+        f" iteration {number}/ 1 | elapsed time per iteration (s): 1 | grad norm: {text} |\n" for number, text in enumerate(texts)
+    )
     assert column(scan(make_scanner(CAP), lines), "grad_norm") == [float(text) for text in texts]
 
 
