@@ -130,7 +130,7 @@ ANCHORS: tuple[Anchor, ...] = (*_BLOCKS, *(Anchor(text, kinds) for kinds, texts 
 # What logs are full of: the compiled scanner looks for anchors by those of their bytes that are not in here.
 COMMON = (
     b" iteration | consumed samples: | consumed tokens: | elapsed time per iteration (s): | throughput per GPU (TFLOP/s/GPU): |"
-    b" learning rate: | global batch size: | lm loss: | sop loss: | loss scale: | grad norm: | num zeros: | params norm: | curriculum seqlen: "
+    b" learning rate: | global batch size: | lm loss: | sop loss: | loss scale: | grad norm: | num zeros: | params norm: |"
     b"| number of skipped iterations: | number of nan iterations: | samples per second: | TFLOPs: | tokens/s: | ETA: |"
     b" | forward-compute: | forward-recv: | forward-send: | backward-compute: | backward-send: | backward-recv: |"
     b" forward-backward-send-forward-backward-recv: | backward-send-forward-recv: | backward-params-all-reduce: |"
