@@ -115,6 +115,33 @@ def stale_source(module: str, info: BuildInfo) -> str | None:
     return now if now != info.source_hash else None
 
 
+def missing(module: str) -> str | None:
+    """Why `module` cannot be loaded by this Python; None where its file is there."""
+    if find_module(module) is not None:
+        return None
+    others = ", ".join(other.name for other in other_builds(module))
+    return f"megactl.{module} is not built for this Python{f' (found {others})' if others else ''}"
+
+
+def misfit(module: str, info: BuildInfo | None, *, torch: str, cuda: str | None, gpus: int) -> str | None:
+    """Why a `module` built from `info` is not for this process, naming both values; None where it fits.
+
+    `torch` and `cuda` are torch's versions (cuda None: a build for CPUs), `gpus` how many torch sees.
+    """
+    if info is None:
+        return f"megactl.{module} carries no build record, so what it was built for is unknown"
+    here = ".".join(torch.split(".")[:2])
+    if info.torch is not None and info.torch != here:
+        return f"megactl.{module} was built for torch {info.torch}, this is torch {here}"
+    if info.cuda and not cuda:
+        return f"megactl.{module} was built for CUDA {info.cuda}, this torch is a CPU build"
+    # A CUDA build of torch on a machine without a GPU is well served by CPU kernels.
+    if info.torch is not None and not info.cuda and gpus:
+        return f"megactl.{module} was built for the CPU only, this torch has CUDA {cuda} and sees {gpus} GPUs"
+    now = stale_source(module, info)
+    return f"megactl.{module} was built from sources {info.source_hash}, megactl/csrc is now {now}" if now else None
+
+
 def build_command() -> str:
     """The shell command that builds the compiled modules for this Python."""
     if csrc_folder() is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -29,8 +30,14 @@ class Row:
 COMMANDS: dict[str, Row] = {
     "train": Row("megactl.commands.train:train", "Pre-train a model: one process to many nodes."),
     "data": Row("megactl.commands.data:app", "Turn text into token files, inspect them, train a tokenizer."),
+    "tflops": Row("megactl.commands.tflops:tflops", "TFLOP/s of a run: rule of thumb, HFU, MFU, and tables in notes."),
+    "model-size": Row("megactl.commands.model_size:model_size", "Parameters and bytes of a model, by part, stage and GPU."),
     "generate": Row("megactl.commands.generate:generate", "Sample text from what was trained."),
+    "checkpoint": Row("megactl.commands.checkpoint:app", "Look into checkpoints, of megactl and of other systems."),
+    "parse-logs": Row("megactl.commands.parse_logs:parse_logs", "A table, curves and comparisons out of training logs."),
     "report": Row("megactl.commands.report:report", "A page with plots of a run."),
+    "slurm": Row("megactl.commands.slurm:app", "Write, check and submit Slurm scripts."),
+    "doctor": Row("megactl.commands.doctor:doctor", "Is this machine, or every node of a job, fit to train?"),
     "bench": Row("megactl.commands.bench:app", "Time the compiled operators beside torch's."),
 }
 
@@ -185,7 +192,8 @@ def _describe(error: Exception) -> MegactlError | None:
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
         failed = MegactlError(f"{where}{error.strerror}")
-        failed.exit_code = EXIT_FAILED
+        # A name that no file system takes is what was typed; everything else is the machine's.
+        failed.exit_code = EXIT_INPUT if error.errno == errno.ENAMETOOLONG else EXIT_FAILED
         return failed
     return None
 

@@ -124,7 +124,7 @@ install_offline() {
     install_project --no-index -e .
     "$VENV_PYTHON" - <<'END' >&2
 import importlib.util
-names = ["tokenizers", "matplotlib", "zstandard", "pytest", "pytest_timeout", "hypothesis", "ruff", "transformers"]
+names = ["tokenizers", "matplotlib", "zstandard", "pytest", "pytest_timeout", "hypothesis", "ruff", "sentencepiece", "transformers"]
 missing = [name for name in names if importlib.util.find_spec(name) is None]
 if missing:
     print("setup: optional packages that are not here:", ", ".join(missing))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slurm_lab import Slurm, slurm_lab
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,3 +44,10 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs {folder}, which is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_slurm(shared: Path) -> Iterator[Slurm]:
+    """A real Slurm of two virtual nodes; the test is skipped where none can be started."""
+    with slurm_lab(shared) as found:
+        yield found

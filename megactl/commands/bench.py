@@ -188,6 +188,7 @@ def markdown_page(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
     facts = [
         ("device", environment["device"]), ("driver", environment["driver"]), ("clocks at start", clocks or None),
         ("processor", f"{environment['cpu']}, {environment['cores']} cores"), ("threads", environment["threads"]),
+        ("timed by", environment["timed_by"]), ("load of the machine at start", f"{environment['load_average']:.1f} processes"),
         ("last-level cache", f"{environment['cache_bytes'] / 2**20:.1f} MiB" if environment["cache_bytes"] else None),
         ("torch", environment["torch"]), ("Python", environment["python"]), ("operators", environment["operators"]),
         ("commit", f"{commit['hash']}{dirty}" if commit else environment["source_hash"]),

@@ -65,6 +65,15 @@ def size(number: float) -> str:
     raise AssertionError("unreachable")
 
 
+def decimal_size(number: float) -> str:
+    """A number of bytes in powers of 1000, as disks are sold and quotas are set: "1.61 GB"."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(number) < 1000 or unit == "TB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3f} {unit}" if unit == "TB" else f"{number:.2f} {unit}"
+        number /= 1000
+    raise AssertionError("unreachable")
+
+
 def count(number: float) -> str:
     """A large number for people, in the field's units: "345.2M", "7.46B"."""
     for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):

@@ -130,7 +130,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 def _load(path: Path, device: Any, precision: str | None) -> tuple[Any, Path]:
     """((model, header, precision), checkpoint folder). A damaged checkpoint of a run directory is passed over, with a line on stderr."""
-    from megactl.engine.sampling import load_model
+    from megactl.engine.sampling import ForeignModelError, load_model
     from megactl.storage import checkpoint_folder, manifest
 
     if not path.exists():
@@ -143,6 +143,9 @@ def _load(path: Path, device: Any, precision: str | None) -> tuple[Any, Path]:
         # Loading the weights is the check: reading the optimizer's state too, as a resume must, would take several times as long.
         try:
             loaded[:] = [load_model(folder, device, precision)]
+        except ForeignModelError:
+            # Nothing is wrong with it: an older checkpoint of the run would be refused alike.
+            raise
         except CheckpointError as error:
             return [error.message]
         return []
@@ -158,11 +161,12 @@ def _load(path: Path, device: Any, precision: str | None) -> tuple[Any, Path]:
 
 def _tokenizer(folder: Path, header: Header, spec: str | None, vocab_size: int) -> Tokenizer:
     """The run's tokenizer: as named, the copy in the run directory, or the recorded path. Raises DataError unless it is the run's."""
-    from megactl.storage.tokenizer import load_tokenizer
+    from megactl.storage.tokenizer import load_recorded
+    from megactl.storage.tokenizer_copy import find_copy
 
     recorded = header.tokenizer or {}
-    copy = folder.absolute().parent.parent / "tokenizer.json"
-    if spec is None and recorded.get("spec") != "byte" and copy.is_file():
+    copy = find_copy(folder.absolute().parent.parent, recorded.get("kind"))
+    if spec is None and recorded.get("spec") != "byte" and copy is not None:
         spec = str(copy)
     elif spec is None:
         spec = recorded.get("spec")
@@ -170,7 +174,8 @@ def _tokenizer(folder: Path, header: Header, spec: str | None, vocab_size: int) 
             raise DataError(f"{folder}: no tokenizer is recorded with it", "name the one of the training data: --tokenizer byte|PATH")
         if spec != "byte" and not Path(spec).exists():
             raise DataError(f"{folder}: its tokenizer {spec} does not exist here", "say where it is now: --tokenizer PATH")
-    words = load_tokenizer(spec, eod_token=recorded.get("eod_token") if spec != "byte" else None)
+    lower_case = recorded.get("cleaning", {}).get("lower_case")
+    words = load_recorded(spec, eod_token=recorded.get("eod_token"), lower_case=lower_case)
     facts = words.describe()
     changed = "sha256" in recorded and facts["sha256"] != recorded["sha256"]
     if changed or (recorded and (spec == "byte") != (recorded.get("spec") == "byte")):

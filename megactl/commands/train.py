@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megactl.commands.common import columns, count, emit_json, size
-from megactl.config.flags import PANELS, Flag, all_flags, given, help_text, metavar
-from megactl.errors import MegactlError, Problem
+from megactl.commands.schema_options import dressed, parameter, setting_parameters, unknown_options
+from megactl.config.flags import given
+from megactl.errors import MegactlError
 
 if TYPE_CHECKING:
     from megactl.config.load import Loaded
@@ -59,36 +60,12 @@ def _options() -> list[inspect.Parameter]:
         "as_json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout: the summary, or the plan of --dry-run")],
     }
     defaults = {"dry_run": False, "as_json": False}
-    found = [_parameter("ctx", typer.Context, inspect.Parameter.empty)]
-    found += [_parameter(name, annotation, defaults.get(name)) for name, annotation in general.items()]
-    return found + [_parameter(flag.parameter, _annotation(flag), None) for flag in all_flags()]
+    found = [parameter("ctx", typer.Context, inspect.Parameter.empty)]
+    found += [parameter(name, annotation, defaults.get(name)) for name, annotation in general.items()]
+    return [*found, *setting_parameters()]
 
 
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _annotation(flag: Flag) -> Any:
-    setting = flag.setting
-    shown = {"help": help_text(setting), "hidden": flag.hidden, "rich_help_panel": PANELS[setting.section], "metavar": metavar(setting)}
-    # Numbers arrive as text, so that the loader words every mistake and all of them are reported together.
-    return Annotated[bool | None if setting.type is bool else str | None, typer.Option(flag.declaration, **shown)]
-
-
-def _dress(function: Callable[..., int]) -> Callable[..., int]:
-    """Give `function` the signature that Typer reads its options from, and what `cli` passes to Typer for the command."""
-    parameters = _options()
-    function.__annotations__ = {**{item.name: item.annotation for item in parameters}, "return": int}
-    function.__doc__ = _HELP
-    vars(function).update(
-        __signature__=inspect.Signature(parameters, return_annotation=int),
-        # Unknown options are collected and not refused by Typer one at a time.
-        command_options={"epilog": _EPILOG, "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True}},
-    )
-    return function
-
-
-@_dress
+@dressed(_options(), help=_HELP, epilog=_EPILOG)
 def train(**options: Any) -> int:
     """Run the command; the help text is `_HELP`, the options are made from the schema. Returns the exit code."""
     from megactl.config.prepare import prepare
@@ -107,30 +84,13 @@ def _load(context: typer.Context, options: Mapping[str, Any]) -> Loaded:
     from megactl.config.load import load
     from megactl.config.prepare import Problems
 
-    problems = Problems(_unknown_options(context))
+    problems = Problems(unknown_options(context, "train"))
     flags = problems.catch(lambda: given(options)) or {}
     sources = {"preset": options["preset"], "config": options["config"], "assignments": options["assignments"] or ()}
     loaded = problems.catch(lambda: load(**sources, flags=flags, environ=os.environ))
     problems.raise_all()
     assert loaded is not None
     return loaded
-
-
-def _unknown_options(context: typer.Context) -> list[Problem]:
-    """Words that no option took. A word after an unknown option is that option's value and no mistake of its own."""
-    from megactl.config.load import unknown_flag
-
-    known = [flag for item in context.command.params for flag in (*item.opts, *item.secondary_opts) if flag.startswith("--")]
-    problems, after_option = [], False
-    for word in context.args:
-        is_option = word.startswith("-") and not word[1:2].isdigit()
-        if is_option:
-            name = word.partition("=")[0]
-            problems.append(Problem(name, *unknown_flag(name, known)))
-        elif not after_option:
-            problems.append(Problem(word, "train takes options only", "put text with spaces in quotes"))
-        after_option = is_option and "=" not in word
-    return problems
 
 
 def plan(loaded: Loaded, resolved: Resolved, start: StartInfo) -> dict[str, Any]:
@@ -151,7 +111,7 @@ def plan(loaded: Loaded, resolved: Resolved, start: StartInfo) -> dict[str, Any]
         "ranks": _ranks(layout, start.world_size),
         "batch": _batch(resolved),
         "model": _model(run),
-        "memory": _memory(resolved),
+        "memory": memory_of(resolved),
         "run_dir": run.logging.run_dir,
         "derived": [{"key": item.key, "value": item.value, "reason": item.reason} for item in resolved.derived],
         "settings": settings,
@@ -186,7 +146,8 @@ def _batch(resolved: Resolved) -> dict[str, Any]:
 
 
 def _model(run: Run) -> dict[str, Any]:
-    from megactl.costmodel import model_flops, padded_vocab, parameter_parts, rank_parameters
+    from megactl.costmodel.flops import model_flops
+    from megactl.costmodel.parameters import padded_vocab, parameter_parts, rank_parameters
 
     model, parallel, seq_length = run.model, run.parallel, run.training.seq_length
     parts = parameter_parts(model, seq_length=seq_length)
@@ -202,9 +163,9 @@ def _model(run: Run) -> dict[str, Any]:
     }
 
 
-def _memory(resolved: Resolved) -> dict[str, Any]:
+def memory_of(resolved: Resolved) -> dict[str, Any]:
     """Predicted bytes of one rank of each stage, and of the fullest; what the prediction leaves out is named in costmodel.memory."""
-    from megactl.costmodel import Layout, estimate_stages
+    from megactl.costmodel.memory import Layout, estimate_stages
 
     run, batch = resolved.run, resolved.batch
     assert run.parallel.data_parallel is not None and run.parallel.zero is not None, "the run is not resolved"

@@ -33,6 +33,7 @@ _AT_LEAST: dict[str, tuple[int, str]] = {
     "training.loss_scale": (0, "use 0 for a dynamic one"),
     "training.loss_scale_window": (1, "leave it out for 1000"),
     "training.loss_scale_hysteresis": (1, "use 1 to halve at the first overflow"),
+    "training.max_skipped_iterations": (0, "use 0 to go on skipping"),
     "training.nproc": (1, "leave it out to use every GPU"),
     "training.seed": (0, "use 0 or more"),
     "training.exit_duration": (0, "use 0 for no limit"),

@@ -11,6 +11,8 @@ from megactl.config.settings import Setting
 
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+(_\d+)*)?\.?(\d+(_\d+)*)?([eE][+-]?\d+)?", re.ASCII)
+# Python itself refuses to read an integer of thousands of digits, with an error that says nothing of settings.
+_MOST_DIGITS = 40
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 # Text settings whose natural value is often a bare number in TOML (warmup = 100 beside warmup = "1%").
 _NUMBER_OR_TEXT = ("optimizer.warmup",)
@@ -64,6 +66,8 @@ def _integer(setting: Setting, value: Any) -> int:
     if isinstance(value, bool):
         raise CoercionError("must be a whole number, not true or false")
     if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
+        if len(value) > _MOST_DIGITS:
+            raise CoercionError(f"has more than {_MOST_DIGITS} digits")
         return int(value)
     if isinstance(value, int):
         return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,13 @@ class Flag:
 
 
 def all_flags() -> Iterator[Flag]:
+    """An option for each flag of each setting of a run."""
+    return flags_of(all_settings().values())
+
+
+def flags_of(settings: Iterable[Setting]) -> Iterator[Flag]:
     """An option for each flag of each setting. An alias is an option of its own, so that `--tp 2 --tensor-parallel 4` is seen."""
-    for setting in all_settings().values():
+    for setting in settings:
         for index, declaration in enumerate(setting.flags):
             parameter = f"{setting.section}__{setting.key}__{index}"
             if setting.type is bool and index == 0 and "/" not in declaration:
@@ -50,13 +55,13 @@ def metavar(setting: Setting) -> str | None:
     """What stands for the value in help."""
     if setting.type is bool:
         return None
-    return setting.metavar or "|".join(setting.choices) or {int: "N", float: "X", str: "TEXT"}[setting.type]
+    return setting.metavar or "|".join(setting.choices) or {int: "N", float: "X"}.get(setting.type, "TEXT")
 
 
 def help_text(setting: Setting) -> str:
     """The setting's help with its default, unless the text says it already."""
     text = setting.help[0].upper() + setting.help[1:]
-    if setting.default is None or "(default" in text:
+    if setting.default in (None, ()) or "(default" in text:
         return text
     if setting.type is bool:
         return f"{text} (default on)" if setting.default else text
@@ -64,16 +69,17 @@ def help_text(setting: Setting) -> str:
     return f"{text} (default {default})"
 
 
-def given(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Dotted name -> (flag as typed, value) of the options that were given; `values` by `Flag.parameter`.
+def given(values: Mapping[str, Any], flags: Iterable[Flag] | None = None) -> dict[str, tuple[str, Any]]:
+    """Dotted name -> (flag as typed, value) of the options that were given; `values` by `Flag.parameter`, `flags` those of a run.
 
     Raises ConfigError where two spellings of one setting were given different values.
     """
     found: dict[str, tuple[str, Any]] = {}
     problems = []
-    for flag in all_flags():
+    for flag in all_flags() if flags is None else flags:
         value = values.get(flag.parameter)
-        if value is None:
+        # A repeatable option that was not given is an empty list in some versions of Typer.
+        if value is None or value == []:
             continue
         name = flag.setting.name
         typed = flag.name if value is not False else flag.declaration.partition("/")[2] or flag.name
@@ -90,16 +96,22 @@ def reference() -> str:
     """Every setting as Markdown tables, one a section: the body of the configuration page's reference."""
     lines: list[str] = []
     for section, title in PANELS.items():
-        lines += [f"### [{section}] {title}", "", "| key | flags | values | default | meaning |", "| --- | --- | --- | --- | --- |"]
-        lines += [_reference_row(setting) for setting in all_settings().values() if setting.section == section] + [""]
+        rows = reference_table(setting for setting in all_settings().values() if setting.section == section)
+        lines += [f"### [{section}] {title}", "", *rows, ""]
     return "\n".join(lines)
+
+
+def reference_table(settings: Iterable[Setting]) -> list[str]:
+    """Settings as the lines of one Markdown table."""
+    header = ["| key | flags | values | default | meaning |", "| --- | --- | --- | --- | --- |"]
+    return header + [_reference_row(setting) for setting in settings]
 
 
 def _reference_row(setting: Setting) -> str:
     flags = " ".join(f"`{flag}`" for flag in setting.flags)
     values = (
         ", ".join(f"`{choice}`" for choice in setting.choices)
-        or {bool: "true, false", int: "integer", float: "number", str: "text"}[setting.type]
+        or {bool: "true, false", int: "integer", float: "number", str: "text", tuple: "list of text"}[setting.type]
     )
-    default = "" if setting.default is None else f"`{str(setting.default).lower() if setting.type is bool else setting.default}`"
+    default = "" if setting.default in (None, ()) else f"`{str(setting.default).lower() if setting.type is bool else setting.default}`"
     return f"| `{setting.key}` | {flags} | {values} | {default} | {setting.help.replace('|', '/')} |"

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megactl.config.schema import Run
 from megactl.config.shown import Names, nearest_multiples
 from megactl.errors import Problem
 
+# GPUs of a node where nothing is known of it.
+_USUAL_NODE = 8
+
 
 @dataclass(frozen=True)
 class Ranks:
     """How many ranks there are. `visible`: devices of this machine that the run could use; None where a launcher decided the number.
 
-    `nproc`: the number comes from --nproc. `on_cpus`: any number of ranks could be started here.
+    `nproc`: the number comes from --nproc. `on_cpus`: any number of ranks could be started here. `per_node`: the number is that of a
+    job that is not started yet, with so many ranks on each node.
     """
 
     world_size: int
     visible: int | None = None
     nproc: bool = False
     on_cpus: bool = False
+    per_node: int | None = None
 
     @property
     def text(self) -> str:
         """The number, worded for a message."""
+        if self.per_node is not None:
+            return f"{self.world_size // self.per_node} x {self.per_node} are asked for"
         if self.visible is None:
             return f"{self.world_size} were started"
         return f"--nproc starts {self.world_size}" if self.nproc else f"this machine has {self.world_size}"
@@ -40,10 +48,13 @@ def layout_problem(run: Run, ranks: Ranks, names: Names) -> Problem | None:
     if parallel.data_parallel in (None, replicas):
         return None
     wanted = model_ranks * parallel.data_parallel
+    if ranks.per_node is not None:
+        more = f", or {_nodes(wanted, ranks.per_node)}" if wanted % ranks.per_node == 0 else ""
+        return Problem(where, f"needs {wanted} ranks, {ranks.text}", f"use --dp {replicas}{more}")
     other = f", or --nproc {wanted}" if ranks.visible is not None and (wanted <= ranks.visible or ranks.on_cpus) else ""
     rule = f"needs {wanted} ranks, {ranks.text}"
     if wanted > ranks.world_size and not other:
-        return Problem(where, rule, f"use --dp {replicas}, or megactl slurm render")
+        return Problem(where, rule, f"use --dp {replicas}, or {_on_a_cluster(wanted, ranks)}")
     return Problem(where, rule, f"use --dp {replicas}{other}")
 
 
@@ -66,11 +77,25 @@ def _needed(model_ranks: int, ranks: Ranks) -> str:
 def _other_layout(run: Run, ranks: Ranks, model_ranks: int) -> str:
     tp, pp, cp = nearest_layout(run, ranks.world_size)
     flags = " ".join([f"--tp {tp}", f"--pp {pp}", *([f"--cp {cp}"] if cp > 1 else [])])
+    if ranks.per_node is not None:
+        return f"try {flags}, or {_nodes(math.lcm(model_ranks, ranks.per_node), ranks.per_node)}"
     if model_ranks > ranks.world_size:
-        return f"try {flags}, or --nproc {model_ranks}" if ranks.nproc and ranks.on_cpus else f"try {flags}, or megactl slurm render"
+        other = f"--nproc {model_ranks}" if ranks.nproc and ranks.on_cpus else _on_a_cluster(model_ranks, ranks)
+        return f"try {flags}, or {other}"
     if ranks.visible is not None:
         return f"try {flags}, or --nproc {ranks.world_size // model_ranks * model_ranks}"
     return f"try {flags}, or start {nearest_multiples(ranks.world_size, model_ranks)} ranks"
+
+
+def _nodes(needed: int, per_node: int) -> str:
+    return f"--nodes {needed // per_node}"
+
+
+def _on_a_cluster(needed: int, ranks: Ranks) -> str:
+    """The options with which `megactl slurm render` takes this run: nodes like this one, where they can be filled."""
+    each = max(number for number in range(1, min(needed, ranks.visible or _USUAL_NODE) + 1) if needed % number == 0)
+    per_node = f"--ntasks-per-node {each}" if ranks.on_cpus else f"--gpus-per-node {each}"
+    return f"megactl slurm render --nodes {needed // each} {per_node}"
 
 
 def nearest_layout(run: Run, world_size: int) -> tuple[int, int, int]:

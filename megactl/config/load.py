@@ -14,8 +14,9 @@ from megactl.config.settings import Setting, all_settings, names_by_alias, neare
 from megactl.config.toml_file import TomlFile, read_toml
 from megactl.errors import ConfigError, Problem
 
-# Top-level keys of a TOML file that are no section. [derived] is the record of a finished run: it is computed anew, never read back.
-_TOP_LEVEL = ("preset", "schema_version", "derived")
+# Top-level keys of a TOML file that are no section of a run. [derived] is the record of a finished run: it is computed anew, never read
+# back. [slurm] says how a job is asked for, and `megactl slurm render` checks it; one file serves both commands.
+_TOP_LEVEL = ("preset", "schema_version", "derived", "slurm")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Loaded:
 
 
 @dataclass
-class _Layers:
+class Layers:
     """Values and origins gathered from the lowest layer to the highest, and the mistakes found on the way."""
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +65,7 @@ def load(
     `config`: path of a TOML file. `assignments`: "section.key=value" as given to --set. `flags`: dotted name -> (flag as typed, value).
     `environ`: where MEGACTL_<SECTION>_<KEY> is looked up. Raises ConfigError holding every mistake of every layer.
     """
-    layers = _Layers(origins={name: "default" for name in all_settings()})
+    layers = Layers(origins={name: "default" for name in all_settings()})
     environ = environ or {}
     file = _read(config, layers)
     chosen = _preset(preset, file, environ, layers)
@@ -84,7 +85,7 @@ def load(
     return Loaded(run, layers.origins)
 
 
-def _read(config: str | None, layers: _Layers) -> TomlFile | None:
+def _read(config: str | None, layers: Layers) -> TomlFile | None:
     if config is None:
         return None
     try:
@@ -94,7 +95,7 @@ def _read(config: str | None, layers: _Layers) -> TomlFile | None:
         return None
 
 
-def _preset(flag: str | None, file: TomlFile | None, environ: Mapping[str, str], layers: _Layers) -> str | None:
+def _preset(flag: str | None, file: TomlFile | None, environ: Mapping[str, str], layers: Layers) -> str | None:
     """The preset's name from the highest layer that names one; an unknown name is a problem and counts as none."""
     from_file = file.document.get("preset") if file is not None else None
     if flag is not None:
@@ -103,7 +104,7 @@ def _preset(flag: str | None, file: TomlFile | None, environ: Mapping[str, str],
         name, where = environ["MEGACTL_PRESET"], f"MEGACTL_PRESET={environ['MEGACTL_PRESET']}"
     elif from_file is not None:
         assert file is not None
-        name, where = from_file, f"{file.where('preset')}: preset = {_shown(from_file)}"
+        name, where = from_file, f"{file.where('preset')}: preset = {shown_value(from_file)}"
     else:
         return None
     problem = preset_problem(name, where) if isinstance(name, str) else Problem(where, "must be text, the name of a preset")
@@ -113,11 +114,13 @@ def _preset(flag: str | None, file: TomlFile | None, environ: Mapping[str, str],
     return name
 
 
-def _from_file(file: TomlFile, layers: _Layers) -> None:
+def _from_file(file: TomlFile, layers: Layers) -> None:
     version = file.document.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION or isinstance(version, bool):
         rule = f"this megactl reads schema_version {SCHEMA_VERSION}"
-        layers.unknown(f"{file.where('schema_version')}: schema_version = {_shown(version)}", rule, "use the megactl that wrote the file")
+        layers.unknown(
+            f"{file.where('schema_version')}: schema_version = {shown_value(version)}", rule, "use the megactl that wrote the file"
+        )
         return
     for section, content in file.document.items():
         if section in _TOP_LEVEL:
@@ -126,12 +129,12 @@ def _from_file(file: TomlFile, layers: _Layers) -> None:
         if section not in SECTIONS:
             layers.unknown(f"{where}: [{section}]" if isinstance(content, dict) else f"{where}: {section}", *_unknown_section(section))
         elif not isinstance(content, dict):
-            layers.unknown(f"{where}: {section} = {_shown(content)}", "must be a table", f"write [{section}] and its keys below")
+            layers.unknown(f"{where}: {section} = {shown_value(content)}", "must be a table", f"write [{section}] and its keys below")
         else:
             _from_section(file, section, content, layers)
 
 
-def _from_section(file: TomlFile, section: str, content: Mapping[str, Any], layers: _Layers) -> None:
+def _from_section(file: TomlFile, section: str, content: Mapping[str, Any], layers: Layers) -> None:
     for key, value in content.items():
         name = f"{section}.{key}"
         setting = all_settings().get(name)
@@ -139,10 +142,10 @@ def _from_section(file: TomlFile, section: str, content: Mapping[str, Any], laye
         if setting is None:
             layers.unknown(f"{where}: {name}", *_unknown_key(section, key))
         else:
-            layers.put(setting, value, where, f"{where}: {name} = {_shown(value)}", typed=True)
+            layers.put(setting, value, where, f"{where}: {name} = {shown_value(value)}", typed=True)
 
 
-def _from_environment(environ: Mapping[str, str], layers: _Layers) -> None:
+def _from_environment(environ: Mapping[str, str], layers: Layers) -> None:
     variables = {setting.variable: setting for setting in all_settings().values()}
     for variable in sorted(environ):
         value = environ[variable]
@@ -168,7 +171,7 @@ def _misspelt_variable(variable: str, variables: Iterable[str]) -> str | None:
     return all_settings()[meant].variable if meant else nearest(f"MEGACTL_{close}_{key}", variables, cutoff=0.0)
 
 
-def _from_assignment(text: str, layers: _Layers) -> None:
+def _from_assignment(text: str, layers: Layers) -> None:
     name, equals, value = text.partition("=")
     name = name.strip()
     setting = all_settings().get(name)
@@ -236,6 +239,7 @@ def unknown_flag(flag: str, known: Iterable[str]) -> tuple[str, str | None]:
     return "no such option", f"did you mean {close}?" if close else None
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A value of a TOML file as a message repeats it."""
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -126,6 +126,12 @@ REFUSED: tuple[Refusal, ...] = (
         "use --lr-schedule cosine, or leave --min-lr out",
     ),
     Refusal(
+        ("data.split", "data.mock_data"),
+        lambda run: run.data.mock_data and run.data.split != Data.__dataclass_fields__["split"].default,
+        "generated tokens are as many as a run asks for, and nothing is shared out",
+        "leave --split out, or give --data",
+    ),
+    Refusal(
         ("data.data_cache", "data.mock_data"),
         lambda run: run.data.data_cache is not None and run.data.mock_data,
         "generated tokens have no sample index to keep",

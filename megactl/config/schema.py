@@ -108,6 +108,10 @@ class Training:
         None, "fp16: the overflow at which the loss scale begins to halve (default 2, the second)",
         flags=("--loss-scale-hysteresis", "--hysteresis"),
     )  # fmt: skip
+    max_skipped_iterations: int = setting(
+        50, "end the run after N skipped iterations in a row that no smaller loss scale can help (0: never)",
+        flags=("--max-skipped-iterations",),
+    )  # fmt: skip
     device: str = setting("auto", "where to run", flags=("--device",), choices=("auto", "cpu", "cuda"))
     nproc: int | None = setting(None, "ranks to start on this machine", flags=("--nproc", "--nproc-per-node"))
     seed: int = setting(1234, "seed of initialisation, dropout and data order", flags=("--seed",))

@@ -15,7 +15,10 @@ from megactl.config.schema import SECTIONS, Run
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of the schema. `name` is "section.key"; `type` is bool, int, float or str; `optional` where None means "derive it"."""
+    """One field of the schema. `name` is "section.key"; `type` is bool, int, float, str or tuple (of texts).
+
+    `optional` where None means "derive it".
+    """
 
     section: str
     key: str
@@ -50,16 +53,18 @@ class Setting:
 @functools.cache
 def all_settings() -> dict[str, Setting]:
     """Every setting by its dotted name, in the order of the schema."""
-    return {setting.name: setting for section, cls in SECTIONS.items() for setting in _of_section(section, cls)}
+    return {setting.name: setting for section, cls in SECTIONS.items() for setting in settings_of(section, cls)}
 
 
-def _of_section(section: str, cls: type) -> Iterable[Setting]:
+def settings_of(section: str, cls: type) -> Iterable[Setting]:
+    """The settings of one dataclass made with `schema.setting`. A field of tuple[str, ...] has the type tuple."""
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         hint, optional = hints[item.name], False
         if isinstance(hint, types.UnionType):
             (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
             optional = True
+        hint = typing.get_origin(hint) or hint
         meta = item.metadata
         yield Setting(section, item.name, hint, optional, item.default, meta["help"], meta["flags"], meta["choices"], meta["metavar"])
 

@@ -10,7 +10,7 @@ from megactl.errors import ConfigError, Problem
 # Slurm numbers its own steps (batch 0xfffffffb, extern 0xfffffffc, interactive 0xfffffffa) from the top of 32 bits; srun's count from 0.
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
 # Below the kernel's ephemeral range (32768 up), so that the port is not taken by an outgoing connection.
-_PORT_BASE, _PORT_SPAN = 10_000, 20_000
+PORT_BASE, PORT_SPAN = 10_000, 20_000
 
 
 def inside_srun(environ: Mapping[str, str]) -> bool:
@@ -104,4 +104,4 @@ def master_port(environ: Mapping[str, str]) -> int:
     job = integer(environ, "SLURM_JOB_ID", "SLURM_JOBID") or 0
     step = integer(environ, "SLURM_STEP_ID", "SLURM_STEPID") or 0
     # 7919 is prime to the span: steps of one job that run side by side land on different ports.
-    return _PORT_BASE + (job + 7919 * step) % _PORT_SPAN
+    return PORT_BASE + (job + 7919 * step) % PORT_SPAN

@@ -62,6 +62,7 @@ class Machine:
 
     `visible`: devices of this machine where it starts the ranks itself; None under torchrun or srun. `gpus`: GPUs it could use.
     `spawns`: this process starts the ranks of this machine (a task of srun may see one GPU of several and starts none).
+    `per_node`: ranks of a node in a job that is not started yet, else None.
     `cpu_torch`: version of a torch that is built for CPUs only, else None. `vocab_hint`: why there is no vocabulary, for the message.
     """
 
@@ -78,6 +79,7 @@ class Machine:
     data: str | None = None
     run_dir: str | None = None
     cpu_torch: str | None = None
+    per_node: int | None = None
 
 
 def resolve(
@@ -131,7 +133,7 @@ def _machine_problems(names: Names, machine: Machine) -> Iterator[Problem]:
     degrees = (parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel, parallel.data_parallel or 1)
     if min(degrees) < 1 or machine.world_size < 1:
         return
-    ranks = Ranks(machine.world_size, machine.visible, nproc=nproc is not None, on_cpus=device == "cpu")
+    ranks = Ranks(machine.world_size, machine.visible, nproc=nproc is not None, on_cpus=device == "cpu", per_node=machine.per_node)
     problem = layout_problem(run, ranks, names)
     if problem is not None:
         yield problem

@@ -71,6 +71,15 @@ def hardware_flops(model: Model, seq_length: int, batch: int, *, recompute: str 
     return model_flops(model, seq_length, batch, causal=causal) + batch * seq_length * again
 
 
+def published_selective_flops(model: Model, seq_length: int, batch: int) -> int:
+    """Hardware FLOPs of selective recomputation as Korthikanti et al. 2022 (arXiv:2205.05198) publish them.
+
+    Their closed form 72 B s l h^2 (1 + s/3h + V/12lh) charges attention's scores and values twice as much as without recomputation,
+    which is three more forwards of them; one is run (`hardware_flops`). Their tables of HFU beside MFU follow this form.
+    """
+    return model_flops(model, seq_length, batch) + batch * seq_length * 3 * forward_flops_per_token(model, seq_length)["attention"]
+
+
 def sc21_flops(model: Model, seq_length: int, batch: int, *, recompute: bool) -> float:
     """The closed form of SC21 (Narayanan et al. 2021, arXiv:2104.04473, eq. 3), ffn = 4h.
 
@@ -91,15 +100,21 @@ def seed_tflops(*, billions: float, seconds: float, gpus: int, global_batch: int
 
 @dataclass(frozen=True)
 class Utilization:
-    """Speed of one GPU in TFLOP/s under each convention, and as a share of `peak_tflops` (None where the peak is unknown)."""
+    """Speed of one GPU in TFLOP/s under each convention, and as a share of `peak_tflops` (None where the peak is unknown).
+
+    `causal_hfu` is what the GPU has computed at least: recomputation included, and half of the attention square. No convention of the
+    field reports it, but it alone must lie below the peak.
+    """
 
     hfu_tflops: float
     mfu_tflops: float
     causal_mfu_tflops: float
+    causal_hfu_tflops: float
     peak_tflops: float | None
     hfu: float | None
     mfu: float | None
     causal_mfu: float | None
+    causal_hfu: float | None
 
     def as_dict(self) -> dict[str, float | None]:
         """The fields under their JSON names."""
@@ -127,6 +142,7 @@ def utilization(
         "hfu": hardware_flops(model, seq_length, global_batch, recompute=recompute),
         "mfu": model_flops(model, seq_length, global_batch),
         "causal_mfu": model_flops(model, seq_length, global_batch, causal=True),
+        "causal_hfu": hardware_flops(model, seq_length, global_batch, recompute=recompute, causal=True),
     }
     speed = {name: flops / (seconds * gpus * 1e12) for name, flops in work.items()}
     share = {name: value / peak_tflops if peak_tflops else None for name, value in speed.items()}

@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from megactl.config.schema import Model
 from megactl.costmodel.parameters import ffn_width, is_encoder, padded_vocab, split_layers, stage_parts, vocabulary
 from megactl.errors import ConfigError, Problem
-from megactl.schedules.generators import max_live_microbatches
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,27 @@ def precision_sizes(precision: str) -> Precision:
     if precision not in table:
         raise ConfigError([Problem(f"precision = {precision!r}", "has no memory formula", f"set one of {', '.join(table)}")])
     return table[precision]
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """Bytes that `parameters` take from one iteration to the next, activations apart."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def model_state(parameters: int, precision: str, *, zero: int = 0, data_parallel: int = 1) -> ModelState:
+    """Bytes on a rank that holds `parameters` of a stage; ZeRO 1 leaves it a share of the optimizer. Raises ConfigError for `precision`."""
+    state = precision_sizes(precision).state
+    shares = data_parallel if zero else 1
+    return ModelState(parameters * state.weight, parameters * state.gradient, -(-parameters * state.optimizer // shares))
 
 
 @dataclass(frozen=True)
@@ -122,12 +142,16 @@ def estimate_stage(model: Model, layout: Layout, stage: int) -> MemoryEstimate:
     the compiled operators are not built, and the square that scaled_dot_product_attention stores where it has no fused kernel.
     Raises ConfigError where the layout does not divide the model.
     """
+    # The schedules take a fifth of a desk command's start, and most of those ask for no activations.
+    from megactl.schedules.generators import max_live_microbatches
+
     problems = layout.problems()
     if problems:
         raise ConfigError(problems)
-    state, pp = precision_sizes(layout.precision).state, layout.pipeline_parallel
+    pp = layout.pipeline_parallel
     parts = stage_parts(model, tp=layout.tensor_parallel, num_stages=pp, stage=stage, seq_length=layout.seq_length)
     parameters = sum(parts.values())
+    state = model_state(parameters, layout.precision, zero=layout.zero, data_parallel=layout.data_parallel)
     live = max_live_microbatches(layout.schedule, stage=stage, num_ranks=pp, num_microbatches=layout.num_microbatches)
     layers, last = len(split_layers(model.num_layers, pp)[stage]), stage == pp - 1
     sizes = _Sizes.of(model, layout)
@@ -136,9 +160,9 @@ def estimate_stage(model: Model, layout: Layout, stage: int) -> MemoryEstimate:
         stage=stage,
         parameters=parameters,
         live_microbatches=live,
-        weights=parameters * state.weight,
-        gradients=parameters * state.gradient,
-        optimizer=-(-parameters * state.optimizer // (layout.data_parallel if layout.zero else 1)),
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
         activations=live * kept,
         logits=_logits(sizes, live) if last else 0,
         transient=_layer_transient(sizes),

@@ -20,8 +20,6 @@ from megactl.config.schema import Training
 from megactl.errors import RunError
 
 GROWTH, BACKOFF = 2.0, 0.5
-# Skipped in a row where no smaller scale is left to try. A few bad micro-batches may be passed over; fifty steps are not chance.
-MAX_USELESS_STEPS = 50
 
 
 class LossScale:
@@ -90,14 +88,17 @@ class SkipWatch:
         dynamic = training.loss_scale == 0.0 and training.initial_loss_scale is not None
         self._floor = (training.min_loss_scale or 1.0) if dynamic else math.inf
         self._is_fp16 = training.precision == "fp16"
+        # 0: no limit. A few bad micro-batches may be passed over; fifty steps, the default, are not chance.
+        self._most = training.max_skipped_iterations or math.inf
         self._count = 0
 
     def see(self, iteration: int, *, skipped: bool, loss_scale: float) -> None:
-        """Note one step. Raises RunError at the last of MAX_USELESS_STEPS in a row; the weights are then those before the first of them."""
+        """Note one step. Raises RunError at the last of `max_skipped_iterations` in a row; the weights are those before the first."""
         self._count = self._count + 1 if skipped and loss_scale <= self._floor else 0
-        if self._count >= MAX_USELESS_STEPS:
+        if self._count >= self._most:
             first = iteration - self._count + 1
             message = f"iterations {first} to {iteration} were skipped one after another: their gradients are not finite"
             message += f", and the loss scale of {loss_scale:g} does not fall any further" if self._is_fp16 else ""
             wider = ", or use --precision bf16, which has the range of fp32" if self._is_fp16 else ""
-            raise RunError(message, f"continue from an earlier checkpoint with a smaller --lr{wider}")
+            hint = f"continue from an earlier checkpoint with a smaller --lr{wider}; --max-skipped-iterations sets the limit"
+            raise RunError(message, hint)

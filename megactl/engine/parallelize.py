@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megactl.config.schema import Run
-from megactl.costmodel import padded_vocab, split_layers
+from megactl.costmodel.parameters import padded_vocab, split_layers
 from megactl.engine import ops
 from megactl.engine.data_parallel import GradientReducer
 from megactl.engine.flat import FlatParameters, Placement

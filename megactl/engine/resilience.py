@@ -28,12 +28,18 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, s
 
 HANG_FLOOR_SECONDS = 120.0
 HANG_STEP_FACTOR = 20.0
+# Until a rank's second step ends there is no step to go by: it connects, builds indices, compiles, allocates.
+START_SECONDS = 900.0
 # Saving and evaluating are rarer and far longer than a step (a rank may wait for another one's file): they get this many times its limit.
 PHASE_FACTOR = 15.0
+# The same for what is loaded, and evaluated, before the first step.
+START_PHASE_FACTOR = 2.0
 PHASES = ("start", "step", "evaluate", "save", "end")
 
 _ROW = 4  # beat (monotonic seconds), iteration, median step (seconds, 0: not known yet), phase
-_WARMED_UP = 1  # intervals between beats before the watch begins: the first step compiles, allocates and connects
+_WARMED_UP = 1  # intervals between beats before the limit of a step holds: the first step compiles, allocates and connects
+# Without a watch, a collective's own timeout is all there is: torch's default for NCCL.
+_COLLECTIVE_SECONDS = 600.0
 
 
 class Board:
@@ -101,7 +107,7 @@ class Heartbeat:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Within `name` ("evaluate", "save", or "start" and "end", which are not watched) the longer limit holds."""
+        """Within `name` ("evaluate", "save", or "start" and "end", which have the limit of the start) a longer limit holds."""
         before = PHASES.index(self._board.pulse(self._index).phase)
         self._board.write(self._index, 3, PHASES.index(name))
         self.beat()
@@ -115,9 +121,33 @@ class Heartbeat:
             self.beat()
 
 
-def hang_timeout_from_environment() -> float | None:
-    """MEGACTL_HANG_TIMEOUT in seconds: None when unset (the limit follows the steps), 0 for no watch. Raises MegactlError."""
-    text = os.environ.get("MEGACTL_HANG_TIMEOUT", "").strip()
+@dataclass(frozen=True)
+class Limits:
+    """Seconds without progress after which a rank counts as hung.
+
+    `step`: once its steps are known; None derives it from them, 0 switches the whole watch off. `start`: before; 0 switches that off.
+    """
+
+    step: float | None = None
+    start: float = START_SECONDS
+
+    @classmethod
+    def from_environment(cls) -> Limits:
+        """MEGACTL_HANG_TIMEOUT and MEGACTL_START_TIMEOUT, where they are set. Raises MegactlError for what is no number of seconds."""
+        step, start = _seconds("MEGACTL_HANG_TIMEOUT", "600"), _seconds("MEGACTL_START_TIMEOUT", "3600")
+        return cls(step, START_SECONDS if start is None else start)
+
+    @property
+    def collective(self) -> float:
+        """Timeout of a collective: longer than the watch takes. The watch knows who is late, a collective only that it waits."""
+        if self.step == 0:
+            return _COLLECTIVE_SECONDS
+        step = HANG_FLOOR_SECONDS if self.step is None else self.step
+        return max(_COLLECTIVE_SECONDS, START_PHASE_FACTOR * self.start + 60.0, PHASE_FACTOR * step + 60.0)
+
+
+def _seconds(name: str, example: str) -> float | None:
+    text = os.environ.get(name, "").strip()
     if not text:
         return None
     try:
@@ -125,7 +155,7 @@ def hang_timeout_from_environment() -> float | None:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise MegactlError(f"MEGACTL_HANG_TIMEOUT={text}: must be a number of seconds", "set 0 to switch the watch off, or for example 600")
+        raise MegactlError(f"{name}={text}: must be a number of seconds", f"set 0 to switch the watch off, or for example {example}")
     return seconds
 
 
@@ -139,25 +169,46 @@ class Overdue:
     limit: float
 
     def __str__(self) -> str:
-        where = f"at iteration {self.pulse.iteration} ({self.pulse.phase}; limit {self.limit:.0f} s)"
-        return f"made no progress for {self.silent:.0f} s {where}"
+        iteration = f"at iteration {self.pulse.iteration}" if self.pulse.iteration else "before its first iteration was done"
+        limit = f"; limit {self.limit:.0f} s" if self.limit < float("inf") else ""
+        return f"made no progress for {self.silent:.0f} s {iteration} ({self.pulse.phase}{limit})"
+
+    @property
+    def hint(self) -> str:
+        """Which variable sets the limit."""
+        name = "MEGACTL_START_TIMEOUT" if _is_starting(self.pulse) else "MEGACTL_HANG_TIMEOUT"
+        return f"{name}=SECONDS sets the limit, 0 switches it off"
+
+
+def _is_starting(pulse: Pulse) -> bool:
+    """Whether the limit of the start holds, which is also that of the end: neither has a step to go by."""
+    return pulse.median <= 0 or pulse.phase in ("start", "end")
 
 
 class HangWatch:
-    """Decides which ranks are overdue. `timeout`: None derives the limit from the steps, 0 never reports, else seconds a step."""
+    """Decides which ranks are overdue. Made before the ranks start: until its first beat a rank counts as silent from here on."""
 
-    def __init__(self, board: Board, timeout: float | None) -> None:
+    def __init__(self, board: Board, limits: Limits) -> None:
         self._board = board
-        self._timeout = timeout
+        self._limits = limits
         self._last_check: float | None = None
-        self._excused_until = 0.0
+        self._excused_until = time.monotonic()
 
     def limit(self, pulse: Pulse) -> float:
         """Seconds this rank may be silent now; infinite while it is not watched."""
-        if self._timeout == 0 or pulse.median <= 0 or pulse.phase in ("start", "end"):
+        step, start = self._limits.step, self._limits.start
+        if step == 0 or (start == 0 and _is_starting(pulse)):
             return float("inf")
-        step = self._timeout if self._timeout is not None else max(HANG_FLOOR_SECONDS, HANG_STEP_FACTOR * pulse.median)
+        if _is_starting(pulse):
+            return start * START_PHASE_FACTOR if pulse.phase in ("evaluate", "save") else start
+        step = step if step is not None else max(HANG_FLOOR_SECONDS, HANG_STEP_FACTOR * pulse.median)
         return step * PHASE_FACTOR if pulse.phase in ("evaluate", "save") else step
+
+    def silence(self, index: int, now: float | None = None) -> Overdue:
+        """How long local rank `index` has been silent, overdue or not."""
+        pulse = self._board.pulse(index)
+        now = time.monotonic() if now is None else now
+        return Overdue(index, pulse, now - max(pulse.beat, self._excused_until), self.limit(pulse))
 
     def check(self, alive: Iterable[int], now: float | None = None) -> list[Overdue]:
         """Overdue ranks among the local ranks `alive`, worst first. Call it about once a second."""
@@ -167,13 +218,8 @@ class HangWatch:
         if self._last_check is not None and now - self._last_check > 5.0:
             self._excused_until = now
         self._last_check = now
-        found = []
-        for index in alive:
-            pulse = self._board.pulse(index)
-            silent, limit = now - max(pulse.beat, self._excused_until), self.limit(pulse)
-            if silent > limit:
-                found.append(Overdue(index, pulse, silent, limit))
-        return sorted(found, key=lambda overdue: -overdue.silent)
+        silences = [self.silence(index, now) for index in alive]
+        return sorted((item for item in silences if item.silent > item.limit), key=lambda overdue: -overdue.silent)
 
 
 class LocalWatch:

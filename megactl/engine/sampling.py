@@ -54,6 +54,10 @@ class Sample:
     finish: str
 
 
+class ForeignModelError(CheckpointError):
+    """The checkpoint is good, and of a model that continues no text."""
+
+
 def choose_device(name: str) -> torch.device:
     """The device of "auto" (a GPU where one works), "cpu" or "cuda". Raises ConfigError where there is no such device."""
     cuda = torch.cuda.is_available()
@@ -67,13 +71,14 @@ def load_model(path: Path, device: torch.device, precision: str | None = None) -
     """The plain model of the checkpoint folder `path`, its header, and the precision used (default: the run's).
 
     Each weight is read straight into its parameter, from any layout, with its checksum; vocabulary rows are not padded.
-    Raises CheckpointError for a damaged or foreign checkpoint, ConfigError where the run's precision is none to sample in.
+    Raises CheckpointError for a damaged checkpoint, ForeignModelError for one of a model that is not sampled from, ConfigError where
+    the run's precision is none to sample in.
     """
     manifest = manifests.read(path)
     config = model_config(path, manifest.header)
     if config.architecture != "gpt":
         rule = f"holds a {config.architecture.upper()}, which fills gaps in a text and does not continue it"
-        raise CheckpointError(f"{path} {rule}", "sample from a checkpoint of --model gpt")
+        raise ForeignModelError(f"{path} {rule}", "sample from a checkpoint of --model gpt")
     precision = precision or manifest.header.precision
     if precision not in DTYPES:
         rule = f"the run's precision; sampling computes in {', '.join(DTYPES)}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -31,10 +30,11 @@ from megactl.engine.loss_scale import SkipWatch
 from megactl.engine.mesh import build_mesh
 from megactl.engine.metrics import MetricsWriter, Step
 from megactl.engine.optimizer import learning_rate
-from megactl.engine.resilience import exit_duration_reached
+from megactl.engine.resilience import Limits, exit_duration_reached
 from megactl.engine.state import check_fits, pieces_to_load, pieces_to_save
 from megactl.engine.training_step import StepOutcome, TrainingStep
 from megactl.errors import CheckpointError, MegactlError, RunError
+from megactl.report.records import METRICS_FILE, read_records
 from megactl.storage import manifest
 from megactl.storage.checkpoint_folder import candidates, resolve
 
@@ -46,9 +46,9 @@ def run_rank(run: Run, resolved: Resolved, context: RankContext) -> int:
     device = _device(run, context)
     if context.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=connect_store(context), rank=context.rank, world_size=context.world_size, timeout=timedelta(minutes=10)
-        )
+        seconds = Limits.from_environment().collective
+        store = connect_store(context, timeout=seconds)
+        dist.init_process_group(backend, store=store, rank=context.rank, world_size=context.world_size, timeout=timedelta(seconds=seconds))
     try:
         with preferred_attention(masked=gives_masks(run)):
             code = Trainer(run, resolved, context, device).train()
@@ -101,8 +101,12 @@ class Trainer:
         self.mesh = build_mesh(run.parallel, device)
         self.group = checkpoint.ProcessGroup(self.mesh.objects) if self.mesh.world_size > 1 else checkpoint.SingleProcess()
         self._check_same_program()
+        # Between the parts of a start, so that the watch counts the silence of one part and not of all.
+        context.heartbeat.beat()
         self.train_data, self.valid_data = self._datasets()
+        context.heartbeat.beat()
         self.engine = TrainingStep(run, self.mesh)
+        context.heartbeat.beat()
         self.skips = SkipWatch(run.training)
         self.progress = Progress()
         self.resumed_from: Path | None = None
@@ -145,7 +149,8 @@ class Trainer:
         )  # fmt: skip
 
     def _make_writer(self) -> MetricsWriter:
-        from megactl.costmodel import model_flops, peak_tflops
+        from megactl.costmodel.flops import model_flops
+        from megactl.costmodel.hardware import peak_tflops
 
         run, device = self.run, self.mesh.device
         peak = peak_tflops(torch.cuda.get_device_name(device), run.training.precision) if device.type == "cuda" else None
@@ -159,22 +164,18 @@ class Trainer:
         )  # fmt: skip
 
     def _keep_tokenizer(self) -> dict[str, Any] | None:
-        """What a checkpoint says about the tokenizer. Its file is copied into the run directory, so that `generate` needs nothing else."""
-        from megactl.storage.tokenizer import load_tokenizer
+        """What a checkpoint says about the tokenizer. Its files are copied into the run directory: `generate` needs nothing else."""
+        from megactl.storage.tokenizer_copy import keep_tokenizer
 
         spec = self.run.data.tokenizer
         if spec is None:
             return None
         try:
-            facts = load_tokenizer(spec).describe()
+            return {"spec": spec, **keep_tokenizer(spec, self.run.data.data, self.context.run_dir)}
         except MegactlError as error:
             # Training reads tokens, not text, and may run where the tokenizer is not.
             self.say(f"warning: {error.message}: `megactl generate` will need --tokenizer")
             return {"spec": spec}
-        target = self.context.run_dir / "tokenizer.json"
-        if facts["kind"] == "tokenizer.json" and not (target.exists() and target.samefile(spec)):
-            shutil.copyfile(spec, target)
-        return {"spec": spec, **facts}
 
     # Checkpoints
 
@@ -253,6 +254,8 @@ class Trainer:
         training = self.run.training
         if self.progress.iteration >= training.iterations:
             self.say(f"nothing to do: {self.progress.iteration} of {training.iterations} iterations are done")
+        if self._lacks_evaluation():
+            self._evaluate()
         stopped = False
         with self._loader(self.train_data).prefetch(self._schedule(), pin_memory=self.mesh.device.type == "cuda") as batches:
             pending: _Pending | None = None
@@ -266,7 +269,7 @@ class Trainer:
                     stopped = self._read(pending) or stopped
                     pending = None
                 if self._pauses_after(self.progress.iteration):
-                    self._pause()
+                    self._pause(stopped)
             stopped = self._read(pending) or stopped
         return self._finish(stopped)
 
@@ -339,17 +342,30 @@ class Trainer:
         return seconds
 
     def _pauses_after(self, iteration: int) -> bool:
-        training, checkpoint_ = self.run.training, self.run.checkpoint
-        return any(interval and iteration % interval == 0 for interval in (training.eval_interval, checkpoint_.save_interval))
+        return _is_due(self.run.training.eval_interval, iteration) or _is_due(self.run.checkpoint.save_interval, iteration)
 
-    def _pause(self) -> None:
-        """Evaluate and save where this iteration asks for it; their time is not a step's."""
+    def _pause(self, stopped: bool) -> None:
+        """Save and evaluate where this iteration asks for it; their time is not a step's.
+
+        Saved first: whoever asked for the stop may kill the run soon. So an evaluation also waits for the next start then.
+        """
         iteration, training = self.progress.iteration, self.run.training
-        if training.eval_interval and iteration % training.eval_interval == 0:
-            self._evaluate()
-        if self.run.checkpoint.save_interval and iteration % self.run.checkpoint.save_interval == 0:
+        if stopped or _is_due(self.run.checkpoint.save_interval, iteration):
             self.save()
+        if _is_due(training.eval_interval, iteration) and not (stopped and iteration < training.iterations):
+            self._evaluate()
         self._clock, self._last_ready = time.monotonic(), None
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the iteration that this run goes on from was to be evaluated, and a stop or a kill came first; collective."""
+        iteration = self.progress.iteration
+        if self.resumed_from is None or not _is_due(self.run.training.eval_interval, iteration):
+            return False
+        done = None
+        if self.mesh.rank == 0:
+            records = read_records(self.context.run_dir / METRICS_FILE)
+            done = any(evaluation["iteration"] == iteration for evaluation in records.evaluations)
+        return not self.group.broadcast(done)
 
     def _evaluate(self) -> None:
         # Always the same samples, so that the points of a validation curve differ by the model alone.
@@ -385,6 +401,11 @@ class Trainer:
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return self.group.gather(peak / 1e9) or []
+
+
+def _is_due(interval: int, iteration: int) -> bool:
+    """Whether something that is done every `interval` iterations (0: never) is done after this one."""
+    return interval > 0 and iteration % interval == 0
 
 
 def _quiet(message: str) -> None:

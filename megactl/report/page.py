@@ -76,6 +76,9 @@ def _charts(data: RunData, window: int | None, log: bool) -> list[tuple[str, str
     if any(not line.curve.is_empty for line in lines):
         charts.append(("Loss", line_chart(lines, name="loss", y_label="loss (nats per token)", log=log)))
     for title, key, label, noisy, zero in (
+        # BERT's two losses, of which the loss above is the sum; a GPT records neither.
+        ("Loss of masked tokens", "lm_loss", "nats per masked token", True, False),
+        ("Loss of sentence pairs", "sentence_loss", "nats per pair", True, False),
         ("Throughput", "tokens_per_s", "tokens per second", True, True),
         ("Model TFLOP/s per GPU", "model_tflops_per_gpu", "TFLOP/s per GPU", True, True),
         ("Learning rate", "learning_rate", "learning rate", False, True),
@@ -120,7 +123,10 @@ def facts_of(data: RunData) -> list[tuple[str, str]]:
     layout = summary.get("layout") if isinstance(summary.get("layout"), dict) else {}
     steps, records = data.records.steps, data.records
     model = [("preset", data.config.get("preset"))]
-    model += [(key.replace("_", " "), data.setting("model", key)) for key in ("num_layers", "hidden_size", "num_heads", "vocab_size")]
+    model += [
+        (key.replace("_", " "), data.setting("model", key))
+        for key in ("architecture", "num_layers", "hidden_size", "num_heads", "vocab_size")
+    ]
     counts = [
         ("samples consumed", steps[-1].get("consumed_samples") if steps else None),
         ("skipped iterations", sum(bool(step.get("skipped")) for step in steps) if steps else None),

@@ -21,7 +21,8 @@ SCHEMA_VERSION = 1
 class DatasetMetadata:
     """The content of `P.json`. `checksums`: sha256 of "bin" and "idx"; `made_by`: fingerprint of the preprocessing that wrote the pair.
 
-    `split_sentences`: a sequence is a sentence, not a document; None in files older than that key.
+    `split_sentences`: a sequence is a sentence, not a document; None in files older than that key. `lower_case`: whether a vocab.txt
+    was used without capitals (None for other tokenizers, and in older files).
     """
 
     tokenizer: str
@@ -38,6 +39,7 @@ class DatasetMetadata:
     checksums: dict[str, str] = field(default_factory=dict)
     made_by: str | None = None
     split_sentences: bool | None = None
+    lower_case: bool | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -85,8 +87,9 @@ def _checked(document: Any, path: Path) -> DatasetMetadata:
     for key, kind in kinds.items():
         if not isinstance(document.get(key), kind):
             raise DataError(f"{path}: {key} = {document.get(key)!r}; must be a {kind.__name__}", hint)
-    if not isinstance(document.get("split_sentences"), bool | None):
-        raise DataError(f"{path}: split_sentences = {document['split_sentences']!r}; must be true, false or null", hint)
+    for key in ("split_sentences", "lower_case"):
+        if not isinstance(document.get(key), bool | None):
+            raise DataError(f"{path}: {key} = {document[key]!r}; must be true, false or null", hint)
     # Keys added by later versions of the same schema are left alone.
     known = {item.name for item in dataclasses.fields(DatasetMetadata)}
     return DatasetMetadata(**{"tokenizer_sha256": None, "eod": None, **{key: value for key, value in document.items() if key in known}})

@@ -56,16 +56,35 @@ def make_folders(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def replace_file(path: Path, data: bytes, unique: str) -> None:
-    """Give `path` the content `data` at one moment: readers see the old bytes or the new ones, also after a power cut."""
+def replace_file(path: Path, data: bytes, unique: str, *, mode: int | None = None) -> None:
+    """Give `path` the content `data` at one moment: readers see the old bytes or the new ones, also after a power cut.
+
+    `mode`: the permissions of the new file (default: those of any new file).
+    """
     beside = path.with_name(f".{path.name}-{unique}")
     try:
         write_file(beside, data)
+        if mode is not None:
+            os.chmod(beside, mode)
         os.replace(beside, path)
     except OSError:
         beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write what a user asked for to where they asked: a file at one moment, with the permissions it has; through a link, its target.
+
+    What is no file (`/dev/stdout`, a pipe) is written to and never replaced. Raises OSError.
+    """
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        with path.open("wb") as stream:
+            stream.write(data)
+        return
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    replace_file(target, data, f"megactl-{os.getpid()}", mode=mode)
 
 
 def remove_tree(path: Path) -> None:

@@ -13,7 +13,7 @@ from megactl.storage.dataset_metadata import DatasetMetadata
 from megactl.storage.indexed import IndexedDataset, file_sha256
 from megactl.storage.indexed_format import bin_path, idx_path
 from megactl.storage.sentence_index import LONG_SENTENCE
-from megactl.storage.tokenizer import Tokenizer, load_tokenizer
+from megactl.storage.tokenizer import Tokenizer, load_recorded, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +114,7 @@ def recorded_tokenizer(data: IndexedDataset, spec: str | None = None) -> Tokeniz
         if spec is None:
             raise DataError(f"{data.prefix}: no tokenizer is recorded with it", "name the tokenizer with --tokenizer")
         return load_tokenizer(spec)
-    eod_token = metadata.eod_token if (spec or metadata.tokenizer) != "byte" else None
-    tokenizer = load_tokenizer(spec or metadata.tokenizer, eod_token=eod_token)
+    tokenizer = load_recorded(spec or metadata.tokenizer, eod_token=metadata.eod_token, lower_case=metadata.lower_case)
     if tokenizer.describe()["sha256"] != metadata.tokenizer_sha256:
         name = spec or metadata.tokenizer
         raise DataError(f"{data.prefix}: was made with another tokenizer than {name} is now", "name the one it was made with: --tokenizer")

@@ -367,6 +367,7 @@ def _complete(job: _Job, state: State) -> None:
                 checksums=checksums,
                 made_by=job.fingerprint,
                 split_sentences=job.options.split_sentences,
+                lower_case=job.description.get("cleaning", {}).get("lower_case"),
             ),
         )
     # Last, and the lists before the state: the lists are what a repeated completion reads.

@@ -90,6 +90,10 @@ class SentencePieceTokenizer:
             "special_tokens": self.special_tokens(),
         }
 
+    def files(self) -> dict[str, bytes]:
+        """See Tokenizer.files."""
+        return {"tokenizer.model": self._data}
+
     def _token_id(self, token: str) -> int | None:
         number = self._inner.piece_to_id(token)
         # The library answers the unknown token's id for what it does not have.

@@ -78,11 +78,11 @@ class Fields:
             raise self.error(key, value, "must be a list")
         return value
 
-    def integers(self, key: str) -> tuple[int, ...]:
-        """A list of whole numbers of at least 1: a shape."""
+    def integers(self, key: str, minimum: int = 1) -> tuple[int, ...]:
+        """A list of whole numbers of at least `minimum`: a shape."""
         value = self.items(key)
-        if any(type(item) is not int or item < 1 for item in value):
-            raise self.error(key, value, "must be a list of whole numbers of at least 1")
+        if any(type(item) is not int or item < minimum for item in value):
+            raise self.error(key, value, f"must be a list of whole numbers of at least {minimum}")
         return tuple(value)
 
     def mapping(self, key: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -25,7 +25,8 @@ ALGORITHM = "sha256"
 # Our name of a type -> (safetensors' name, bytes per element).
 DTYPES = {"float64": ("F64", 8), "float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 # safetensors refuses larger headers, so that a damaged length cannot ask for the whole memory.
-_HEADER_LIMIT = 100_000_000
+HEADER_LIMIT = 100_000_000
+_DIMENSIONS, _ELEMENTS = 64, 1 << 62
 # Bytes of host copies that may wait for their checksum: bounds memory where tensors come from a device.
 _PENDING_LIMIT = 512 * 1024 * 1024
 _CHUNK = 8 * 1024 * 1024
@@ -148,7 +149,7 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: {found} bytes, the manifest says {size}", hint)
         length_bytes = self.read(0, min(8, size))
         length = int.from_bytes(length_bytes, "little")
-        if size < 8 or length > min(_HEADER_LIMIT, size - 8):
+        if size < 8 or length > min(HEADER_LIMIT, size - 8):
             raise CheckpointError(f"{self.path}: header of {length} bytes does not fit the file", DAMAGED)
         text = self.read(8, length)
         if digest(length_bytes + text) != header:
@@ -187,24 +188,30 @@ class TensorFile:
         self.close()
 
 
-def parse_header(text: bytes, size: int, source: str) -> dict[str, Slot]:
-    """The tensors of a file of `size` bytes from its header's JSON. They must tile the data exactly, as the format demands."""
+def parse_header(text: bytes, size: int, source: str, *, widths: Mapping[str, int] | None = None, least: int = 1) -> dict[str, Slot]:
+    """The tensors of a file of `size` bytes from its header's JSON. They must tile the data exactly, as the format demands.
+
+    `widths` are the types allowed with their bytes per element (default: those megactl writes), `least` the smallest dimension.
+    """
     table = loads(bytes(text), source)
     if not isinstance(table, dict):
         raise CheckpointError(f"{source}: the header must be an object", DAMAGED)
     table.pop("__metadata__", None)
     base, slots = 8 + len(text), {}
-    widths = {name: width for name, width in DTYPES.values()}
+    widths = dict(DTYPES.values()) if widths is None else widths
     for key, value in table.items():
         fields = Fields(value, f"{source}: {key}")
-        dtype, shape, offsets = fields.choice("dtype", tuple(widths)), fields.integers("shape"), fields.items("data_offsets")
+        dtype, shape, offsets = fields.choice("dtype", tuple(widths)), fields.integers("shape", least), fields.items("data_offsets")
         fields.done()
+        # The product of a long list of large numbers takes for ever.
+        if len(shape) > _DIMENSIONS or any(size > _ELEMENTS for size in shape):
+            raise fields.error("shape", shape, f"must have at most {_DIMENSIONS} dimensions of at most {_ELEMENTS}")
         nbytes = prod(shape) * widths[dtype]
         if len(offsets) != 2 or any(type(at) is not int for at in offsets) or offsets[1] - offsets[0] != nbytes or offsets[0] < 0:
             raise fields.error("data_offsets", offsets, f"must be two whole numbers {nbytes} apart")
         slots[key] = Slot(dtype, shape, base + offsets[0], nbytes)
     end = base
-    for key, slot in sorted(slots.items(), key=lambda item: item[1].start):
+    for key, slot in sorted(slots.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if slot.start != end:
             raise CheckpointError(f"{source}: {key} starts at byte {slot.start}, must start at {end}", DAMAGED)
         end += slot.nbytes

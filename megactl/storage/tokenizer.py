@@ -53,6 +53,9 @@ class Tokenizer(Protocol):
     def describe(self) -> dict[str, Any]:
         """kind, path, sha256 of the files, vocab_size, eod (None where unknown), eod_token and special_tokens."""
 
+    def files(self) -> dict[str, bytes]:
+        """The files that make it up, by the names under which `load_tokenizer` finds them in a folder; see `tokenizer_copy`."""
+
 
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255, and 256 as the end-of-document token."""
@@ -95,6 +98,10 @@ class ByteTokenizer:
         """See Tokenizer.describe."""
         facts = {"kind": "byte", "path": "byte", "sha256": None, "vocab_size": 257, "eod": 256, "eod_token": EOD_NAMES[0]}
         return {**facts, "special_tokens": {}}
+
+    def files(self) -> dict[str, bytes]:
+        """See Tokenizer.files: there are none."""
+        return {}
 
 
 class FileTokenizer:
@@ -174,6 +181,11 @@ class FileTokenizer:
             "special_tokens": self.special_tokens(),
         }
 
+    def files(self) -> dict[str, bytes]:
+        """See Tokenizer.files: tokenizer.json, or GPT-2's two without the prefix their names may have."""
+        names = ("tokenizer.json",) if len(self._files) == 1 else ("vocab.json", "merges.txt")
+        return {name: path.read_bytes() for name, path in zip(names, self._files, strict=True)}
+
 
 def load_tokenizer(spec: str | Path, *, eod_token: str | None = None, lower_case: bool | None = None) -> Tokenizer:
     """The tokenizer named `byte`, or read from a file or folder. `eod_token` names the end-of-document token where it cannot be guessed.
@@ -207,6 +219,14 @@ def load_tokenizer(spec: str | Path, *, eod_token: str | None = None, lower_case
         raise DataError(f"{path}: has no 'model' object, so it is not a tokenizer.json", _SPECS)
     inner = _guarded(path, lambda library: library.Tokenizer.from_file(str(path)))
     return FileTokenizer(text, inner, [path], eod_token)
+
+
+def load_recorded(spec: str | Path, *, eod_token: str | None, lower_case: bool | None = None) -> Tokenizer:
+    """The tokenizer `spec` with what was recorded of its use, as far as its kind leaves that open (`byte` has its own end of document,
+    only a vocab.txt does not say how it treats capitals). Raises as `load_tokenizer` does."""
+    spec = str(spec)
+    wordpiece = spec != "byte" and Path(spec).exists() and _is_wordpiece(spec)
+    return load_tokenizer(spec, eod_token=eod_token if spec != "byte" else None, lower_case=lower_case if wordpiece else None)
 
 
 def _is_wordpiece(spec: str) -> bool:

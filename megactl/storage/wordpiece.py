@@ -100,6 +100,16 @@ class WordPieceTokenizer:
             "cleaning": asdict(self.cleaning),
         }
 
+    def files(self) -> dict[str, bytes]:
+        """See Tokenizer.files: the vocabulary, and how text is cleaned, whatever said so here."""
+        cleaning = self.cleaning
+        switches = {
+            "do_lower_case": cleaning.lower_case,
+            "strip_accents": cleaning.strip_accents,
+            "tokenize_chinese_chars": cleaning.space_chinese,
+        }
+        return {"vocab.txt": self._data, CONFIG_NAME: f"{json.dumps(switches, indent=2)}\n".encode()}
+
     def _inner(self) -> Any:
         if self._library is None:
             self._library = build_wordpiece(self._vocabulary, self.cleaning)

@@ -66,6 +66,7 @@ def test_every_flag_reaches_its_setting(capsys):
     refused_alone = {
         "data.data",
         "data.data_cache",
+        "data.split",
         "checkpoint.load_weights",
         "training.rampup_batch_size",
         "optimizer.wsd_decay_iterations",

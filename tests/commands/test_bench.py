@@ -43,6 +43,7 @@ def test_json_and_markdown_come_from_one_run(tmp_path, capsys):
     ours = first["timings"]["megactl"]
     assert ours["gb_per_s"] == pytest.approx(first["bytes_moved"] / ours["median_s"] / 1e9) and ours["rounds"] >= 7
     environment = document["environment"]
+    assert environment["timed_by"] == "CPU time of the process" and environment["load_average"] >= 0
     assert environment["threads"] == 1 and environment["torch"] == torch.__version__ and environment["operators"] == ops.describe()
     assert "dropout_add backward small fp32" in err
     text = page.read_text()

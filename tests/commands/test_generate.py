@@ -257,6 +257,14 @@ def test_headers_that_do_not_fit(tmp_path):
             sampling.load_model(write(tmp_path, model, step=number, model=good | change), CPU)
 
 
+def test_a_bert_is_refused_and_not_called_damaged(tmp_path, capsys):
+    write(tmp_path, random_model(), model=dataclasses.asdict(CONFIG) | {"architecture": "bert"})
+    for path in (tmp_path, tmp_path / "checkpoints" / "step-00000010"):
+        out, err = run_cli(capsys, path, "--prompt", "a", code=2)
+        assert out == "" and "error: " in err and "holds a BERT, which fills gaps" in err and "--model gpt" in err
+        assert "damaged" not in err and "restore" not in err
+
+
 def test_text_on_stdout_facts_on_stderr(tmp_path, capsys):
     folder = write(tmp_path, random_model())
     out, err = run_cli(capsys, tmp_path, "--prompt", "Hi ", "--max-tokens", 8, "--temperature", 0)

@@ -133,7 +133,15 @@ def test_misspelt_variables(variable, meant):
 
 
 def test_switches_are_no_settings():
-    switches = ("MEGACTL_OPS", "MEGACTL_TRACEBACK", "MEGACTL_HANG_TIMEOUT", "MEGACTL_ARCHS", "MEGACTL_CUDA", "MEGACTL_SKIP_OPS")
+    switches = (
+        "MEGACTL_OPS",
+        "MEGACTL_TRACEBACK",
+        "MEGACTL_HANG_TIMEOUT",
+        "MEGACTL_START_TIMEOUT",
+        "MEGACTL_ARCHS",
+        "MEGACTL_CUDA",
+        "MEGACTL_SKIP_OPS",
+    )
     assert load(environ=dict.fromkeys(switches, "1")).run == Run()
 
 

@@ -112,7 +112,7 @@ def test_the_hash_sees_what_decides_the_numbers_and_nothing_else():
     base = load(assignments=["data.mock_data=true"])
     known = {store.config_hash(resolve(base.run, world_size=1, run_dir="a").run)}
     assert store.config_hash(resolve(base.run, world_size=1, run_dir="b", local_world_size=7).run) in known
-    for assignment in ("optimizer.lr=1", "model.gelu=erf", "training.seed=1", "data.split=1", "parallel.zero=0", "checkpoint.load=x"):
+    for assignment in ("optimizer.lr=1", "model.gelu=erf", "training.seed=1", "optimizer.beta1=0", "parallel.zero=0", "checkpoint.load=x"):
         changed = load(assignments=["data.mock_data=true", assignment])
         known.add(store.config_hash(resolve(changed.run, world_size=1).run))
     assert len(known) == 6, "zero=0 is the derived value already, the others differ"

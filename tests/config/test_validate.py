@@ -127,8 +127,14 @@ RULES = [
     (["checkpoint.load=x", "checkpoint.resume=must", "logging.run_dir=r"], 1, "--load x with --resume must: a run either starts"),
     (["checkpoint.resume=must"], 1, "without --run-dir the run directory is new"),
     (["data.data_cache=x"], 1, "generated tokens have no sample index"),
+    (["data.split=9,1"], 1, "--split 9,1 with --mock-data: generated tokens are as many as a run asks for"),
+    (["training.max_skipped_iterations=-1"], 1, "--max-skipped-iterations -1: must be at least 0; use 0 to go on skipping"),
     (["parallel.data_parallel=3"], 4, "--dp 3: needs 3 ranks, 4 were started; use --dp 4"),
-    (["parallel.data_parallel=8"], 4, "--dp 8: needs 8 ranks, 4 were started; use --dp 4, or megactl slurm render"),
+    (
+        ["parallel.data_parallel=8"],
+        4,
+        "--dp 8: needs 8 ranks, 4 were started; use --dp 4, or megactl slurm render --nodes 1 --ntasks-per-node 8",
+    ),
 ]
 
 
@@ -146,8 +152,9 @@ def test_every_refused_combination_has_a_test():
 
 
 def test_the_layout_message_of_the_contract():
-    (message,) = problems("parallel.tensor_parallel=4", "parallel.pipeline_parallel=8", preset="gpt-345m", world=8, visible=8)
-    assert message == "--tp 4 --pp 8: needs 32 ranks, this machine has 8; try --tp 4 --pp 2, or megactl slurm render"
+    (message,) = problems("parallel.tensor_parallel=4", "parallel.pipeline_parallel=8", preset="gpt-345m", world=8, visible=8, gpus=8)
+    instead = "try --tp 4 --pp 2, or megactl slurm render --nodes 4 --gpus-per-node 8"
+    assert message == f"--tp 4 --pp 8: needs 32 ranks, this machine has 8; {instead}"
 
 
 def test_layouts_that_do_not_divide():

@@ -14,6 +14,7 @@ from megactl.costmodel.flops import (
     hardware_flops,
     model_flops,
     model_flops_per_token,
+    published_selective_flops,
     sc21_flops,
     seed_tflops,
     utilization,
@@ -131,3 +132,41 @@ def test_unknown_peak_gives_no_share() -> None:
     assert speed.mfu is None and speed.hfu is None and speed.causal_mfu is None and speed.mfu_tflops > 0
     with pytest.raises(ConfigError, match="seconds = 0"):
         utilization(GPT2, seq_length=8, global_batch=1, seconds=0, gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "heads", "mfu", "hfu"),
+    [(48, 6144, 64, 41.5, 43.7), (96, 12288, 96, 51.4, 52.8), (105, 20480, 128, 56.0, 57.0), (128, 25600, 160, 56.3, 57.0)],
+)
+def test_published_pairs_of_mfu_and_hfu_with_selective_recomputation(layers: int, hidden: int, heads: int, mfu: float, hfu: float) -> None:
+    """Korthikanti et al. 2022, table 5: the ratio of each pair lies within the rounding of both; the structural count does not reach it."""
+    model = Model(num_layers=layers, hidden_size=hidden, num_heads=heads, vocab_size=51200)
+    ratio = published_selective_flops(model, 2048, 1) / model_flops(model, 2048, 1)
+    assert (hfu - 0.05) / (mfu + 0.05) <= ratio <= (hfu + 0.05) / (mfu - 0.05)
+    assert hardware_flops(model, 2048, 1, recompute="selective") / model_flops(model, 2048, 1) < (hfu - 0.05) / (mfu + 0.05)
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize(("architecture", "sentence_head"), [("gpt", None), ("bert", True), ("bert", False)])
+def test_torch_counts_the_same_for_the_models_that_train(architecture: str, untied: bool, sentence_head: bool | None) -> None:
+    """Forward and backward of megactl's own models, with attention written out, so that torch's counter sees every product."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megactl.engine.models import MODELS
+    from megactl.engine.models.layers import MicroBatch
+
+    batch, seq = 2, 12
+    config = Model(
+        architecture=architecture, num_layers=2, hidden_size=16, num_heads=2, vocab_size=128, max_positions=seq, untie_embeddings=untied,
+        sentence_head=sentence_head, attention="unfused",
+    )  # fmt: skip
+    model = MODELS[architecture](config)
+    tokens = torch.randint(128, (batch, seq))
+    types = torch.zeros(batch, seq, dtype=torch.int64) if architecture == "bert" else None
+    micro_batch = MicroBatch(torch.tensor([1, 1, 0]), torch.arange(seq).expand(batch, seq), token_types=types)
+    with FlopCounterMode(display=False) as counter:
+        output = model(tokens, micro_batch)
+        heads = output if isinstance(output, tuple) else (output,)
+        sum(logits.square().sum() for logits in heads if logits is not None).backward()
+    assert counter.get_total_flops() == model_flops(config, seq, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megactl.costmodel.hardware import find_gpu, gpus, peak_tflops
+from megactl.costmodel.hardware import find_gpu, gpu_memory, gpus, peak_tflops
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,19 @@ from megactl.costmodel.hardware import find_gpu, gpus, peak_tflops
         ("h100", "H100 SXM", "fp8", 1979),
         ("h200", "H200 SXM", "bf16", 989),
         ("v100", "V100 SXM", "fp32", 15.7),
+        ("V100-32G", "V100 SXM", "fp16", 125),
+        ("v100_16gb", "V100 SXM", "fp16", 125),
+        ("v100sxm2", "V100 SXM", "fp16", 125),
+        ("v100s", "V100S PCIe", "fp16", 130),
+        ("a100-80", "A100 80GB SXM", "bf16", 312),
+        ("A100-40GB", "A100", "bf16", 312),
+        ("a10080gb", "A100 80GB SXM", "bf16", 312),
+        ("H100-SXM", "H100 SXM", "bf16", 989),
+        ("h100sxm5", "H100 SXM", "bf16", 989),
+        ("h100 pcie", "H100 PCIe", "bf16", 756),
+        ("H100PCIe", "H100 PCIe", "bf16", 756),
+        ("h200nvl", "H200 NVL", "bf16", 835),
+        ("b200", "B200", "bf16", 2250),
     ],
 )
 def test_reported_names(name: str, row: str, precision: str, peak: float) -> None:
@@ -51,6 +64,11 @@ def test_reported_names(name: str, row: str, precision: str, peak: float) -> Non
         "NVIDIA X9000",
         "AMD Instinct MI300X",
         "GRID V100D-8Q",
+        "a100-64",
+        "h100-mig-1g",
+        "h1000",
+        "100",
+        "sxm",
     ],
 )
 def test_unknown_names_have_no_peak(name: str) -> None:
@@ -70,3 +88,18 @@ def test_every_row_can_be_found_and_is_plausible() -> None:
             assert gpu.peaks["tf32"] == pytest.approx(gpu.peaks["bf16"] / 2, rel=0.02)
         if "fp8" in gpu.peaks:
             assert gpu.peaks["fp8"] == pytest.approx(gpu.peaks["bf16"] * 2, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [("v100-32", 31), ("v100-16g", 15), ("v100", None), ("a100", None), ("a100-40", 39), ("A100-SXM4-80GB", 79), ("h100", 79),
+     ("h200", 139), ("NVIDIA H100 80GB HBM3", 79), ("gh200", None), ("mi300", None), ("l4", 22)],
+)  # fmt: skip
+def test_memory_by_row_or_by_name(name: str, gib: float | None) -> None:
+    assert gpu_memory(name) == gib
+
+
+def test_the_peak_of_training_is_that_of_the_16_bit_type_there_is() -> None:
+    assert find_gpu("v100").training_peak() == (125, "fp16")
+    assert find_gpu("h100").training_peak() == (989, "bf16")
+    assert find_gpu("v100").training_peak("bf16") == (None, "bf16")

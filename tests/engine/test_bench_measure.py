@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 
 import pytest
 
@@ -10,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from megactl.engine import ops  # noqa: E402
 from megactl.engine.bench import OPERATORS, Contestant, Plan, Size, Timing, clock_for, interleave, run_operators, size_named  # noqa: E402
-from megactl.engine.bench.measure import cache_bytes, compare, quartiles  # noqa: E402
+from megactl.engine.bench.measure import cache_bytes, clock_name, compare, quartiles  # noqa: E402
 from megactl.engine.bench.work import COMPILE, COPY, OURS, copy_of, differentiable, disagreement  # noqa: E402
 from megactl.errors import ConfigError  # noqa: E402
 
@@ -68,6 +69,17 @@ def test_what_is_prepared_reaches_the_timed_call(warm):
     seconds, host = clock_for(CPU).sample(contestant, warm=warm)
     assert used == ([0, 1] if warm else [0])
     assert seconds == host > 0
+
+
+def test_with_one_thread_other_processes_take_nothing(monkeypatch):
+    """Time in which the process did not run is not counted, unless threads would be counted twice."""
+    for name, step in (("process_time", 1.0), ("perf_counter", 100.0)):
+        readings = itertools.count(0.0, step)
+        monkeypatch.setattr(f"megactl.engine.bench.measure.time.{name}", lambda readings=readings: next(readings))
+    for threads, seconds, name in ((1, 1.0, "CPU time of the process"), (2, 100.0, "wall time")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert clock_for(CPU).sample(Contestant("a", lambda _: None), warm=False) == (seconds, seconds)
+        assert clock_name(CPU) == name
 
 
 @pytest.mark.parametrize(

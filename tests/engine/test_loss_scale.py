@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megactl.config.schema import Training
-from megactl.engine.loss_scale import MAX_USELESS_STEPS, LossScale, SkipWatch
+from megactl.engine.loss_scale import LossScale, SkipWatch
 from megactl.errors import RunError
 
 CPU = torch.device("cpu")
+LIMIT = Training().max_skipped_iterations
 
 
 def dynamic(initial: float = 1024.0, *, least: float = 1.0, window: int = 3, hysteresis: int = 2, precision: str = "fp16") -> Training:
@@ -49,6 +50,7 @@ def by_megatron(training: Training, pattern: str) -> list[float]:
     return found
 
 
+@settings(deadline=None)
 @given(st.text("x.", max_size=60), st.integers(1, 5), st.integers(1, 4), st.sampled_from([0.25, 1.0, 64.0]))
 def test_the_scale_moves_by_megatrons_rule(pattern, window, hysteresis, least):
     training = dynamic(window=window, hysteresis=hysteresis, least=least)
@@ -92,6 +94,7 @@ def test_scaling_and_unscaling_cancel():
     assert torch.equal(made.unscaled(made.scaled(value)), value)
 
 
+@settings(deadline=None)
 @given(st.text("x.", max_size=20), st.text("x.", max_size=20))
 def test_a_restored_scale_goes_on_as_the_unbroken_one(before, rest):
     whole, first, second = (LossScale(dynamic(), CPU) for _ in range(3))
@@ -119,24 +122,34 @@ def test_a_run_ends_when_the_scale_is_as_small_as_it_may_be():
     watch = SkipWatch(dynamic(least=2.0))
     for iteration in range(1, 200):
         watch.see(iteration, skipped=True, loss_scale=4.0)
-    for iteration in range(200, 199 + MAX_USELESS_STEPS):
+    for iteration in range(200, 199 + LIMIT):
         watch.see(iteration, skipped=True, loss_scale=2.0)
     with pytest.raises(RunError, match=r"iterations 200 to 249 were skipped.* loss scale of 2 does not fall any further") as error:
         watch.see(249, skipped=True, loss_scale=2.0)
     assert "--precision bf16" in str(error.value.hint)
 
 
+def test_the_number_of_skipped_steps_is_a_setting():
+    few, never = (SkipWatch(Training(max_skipped_iterations=number)) for number in (3, 0))
+    for iteration in (1, 2):
+        few.see(iteration, skipped=True, loss_scale=1.0)
+    with pytest.raises(RunError, match=r"iterations 1 to 3 were skipped"):
+        few.see(3, skipped=True, loss_scale=1.0)
+    for iteration in range(1, 1000):
+        never.see(iteration, skipped=True, loss_scale=1.0)
+
+
 def test_one_step_that_counts_is_enough_to_go_on():
     watch = SkipWatch(dynamic(least=2.0))
     for iteration in range(1, 500):
-        watch.see(iteration, skipped=iteration % MAX_USELESS_STEPS != 0, loss_scale=2.0)
+        watch.see(iteration, skipped=iteration % LIMIT != 0, loss_scale=2.0)
 
 
 @pytest.mark.parametrize("training", [Training(precision="fp16", loss_scale=4096.0), Training(precision="bf16"), Training()])
 def test_without_a_scale_that_falls_every_skipped_step_counts(training):
     watch, scale = SkipWatch(training), training.loss_scale or 1.0
-    for iteration in range(1, MAX_USELESS_STEPS):
+    for iteration in range(1, LIMIT):
         watch.see(iteration, skipped=True, loss_scale=scale)
     with pytest.raises(RunError, match="iterations 1 to 50 were skipped") as error:
-        watch.see(MAX_USELESS_STEPS, skipped=True, loss_scale=scale)
+        watch.see(LIMIT, skipped=True, loss_scale=scale)
     assert ("loss scale" in str(error.value)) == (training.precision == "fp16")

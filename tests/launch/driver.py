@@ -65,6 +65,41 @@ def never_stops(run, resolved, context):
         time.sleep(0.02)
 
 
+def first_step_hangs(run, resolved, context):
+    """Rank 1 never comes out of its first step; the others wait for it, as in a collective."""
+    context.heartbeat.beat()
+    _ready(context)
+    if context.rank == 1:
+        stuck()
+    waits_in_a_collective(context)
+
+
+def stuck():
+    time.sleep(60)
+
+
+def waits_in_a_collective(context):
+    while True:
+        time.sleep(0.02)
+
+
+def stops_early(run, resolved, context):
+    """Rank 1 is stopped after the others have begun to wait for it, so that theirs is the longer silence."""
+    if context.rank == 1:
+        time.sleep(0.6)
+        context.heartbeat.beat()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+
+
+def witness_of_a_stopped_rank(run, resolved, context):
+    """Rank 0's collective gives up on rank 1, which is stopped, before the watch does."""
+    if context.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.5)
+    raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv operation to complete")
+
+
 def beats_then_hangs(run, resolved, context):
     for iteration in range(1, 4):
         context.heartbeat.beat(iteration)

@@ -14,6 +14,7 @@ from megactl.engine.launch.failures import Failure, Report, describe, report_of,
 from megactl.engine.launch.host import oom_kills, process_state, thread_environment, thread_share
 from megactl.engine.launch.stacks import innermost_frame, waits_for_others
 from megactl.errors import ConfigError, Problem, RunError
+from megactl.machine import record
 
 
 def test_environment_is_recorded_with_secrets_redacted(tmp_path, monkeypatch):
@@ -38,16 +39,16 @@ def test_source_hash_follows_the_sources(tmp_path, monkeypatch):
     package = tmp_path / "megactl"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr(environment.megactl, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(record.megactl, "__file__", str(package / "__init__.py"))
     seen = set()
     for text in ("a = 1\n", "a = 2\n"):
         (package / "module.py").write_text(text)
-        seen.add(environment.source_hash.__wrapped__())
+        seen.add(record.source_hash.__wrapped__())
     (package / "module.py").rename(package / "renamed.py")
-    seen.add(environment.source_hash.__wrapped__())
+    seen.add(record.source_hash.__wrapped__())
     assert len(seen) == 3
     (package / "notes.txt").write_text("not a source")
-    assert environment.source_hash.__wrapped__() in seen
+    assert record.source_hash.__wrapped__() in seen
 
 
 def test_fingerprint_follows_the_configuration():
@@ -163,11 +164,11 @@ def test_innermost_frame_of_a_dump(tmp_path):
         '  File "/x/threading.py", line 1 in wait\n\n'
         "Current thread 0x2 (most recent call first):\n"
         '  File "/x/torch/distributed/distributed_c10d.py", line 3252 in all_reduce\n'
-        f'  File "{environment._package_root()}/engine/trainer.py", line 88 in step\n'
+        f'  File "{record.package_root()}/engine/trainer.py", line 88 in step\n'
     )
     log.write_text(before + dump)
     frame = innermost_frame(log, len(before))
-    ours = f"{environment._package_root()}/engine/trainer.py:88 step"
+    ours = f"{record.package_root()}/engine/trainer.py:88 step"
     assert frame == f"/x/torch/distributed/distributed_c10d.py:3252 all_reduce, called from {ours}"
     assert waits_for_others(frame)
     assert innermost_frame(log, len(before + dump)) is None

@@ -248,6 +248,45 @@ def test_stopped_rank_is_found_as_the_hung_one(start):
     assert summary_of(started)["error"].startswith("rank 1")
 
 
+def test_a_hang_before_the_second_step_ends_the_run(start):
+    started = start("first_step_hangs", 3, MEGACTL_START_TIMEOUT="1")
+    pids = started.ready()
+    code, _, err = started.end()
+    assert code == 1
+    assert re.search(rf"error: rank \d \(pid ({'|'.join(map(str, pids))})\) made no progress for \d s before its first iteration", err), err
+    assert "(start; limit 1 s)" in err and "hint: MEGACTL_START_TIMEOUT=SECONDS sets the limit" in err
+    # Where each of them stood: the culprit is told from those that wait.
+    assert re.search(rf"rank 1 \(pid {pids[1]}\): iteration 0, start: .*driver.py:\d+ stuck", err), err
+    assert re.search(r"rank 2 \(pid \d+\): iteration 0, start: .*waits_in_a_collective", err), err
+    assert all(map(gone, pids)) and "before its first iteration" in summary_of(started)["error"]
+
+
+def test_a_rank_that_is_stopped_early_is_the_headline(start):
+    code, _, err = start("stops_early", 3, MEGACTL_START_TIMEOUT="1.5").end()
+    assert code == 1
+    assert re.search(
+        r"error: rank 1 \(pid \d+\) made no progress for \d s before its first iteration.*stopped by a signal \(SIGSTOP\)", err
+    ), err
+
+
+def test_a_stopped_rank_is_named_where_another_only_lost_its_connection(start):
+    started = start("witness_of_a_stopped_rank", 2)
+    code, _, err = started.end()
+    assert code == 1
+    assert re.search(
+        r"error: rank 1 \(pid \d+\) made no progress for \d s before its first iteration.*stopped by a signal \(SIGSTOP\)", err
+    ), err
+    assert re.search(r"rank 0 \(pid \d+\): ended with RuntimeError: .*Timed out waiting", err), err
+    assert summary_of(started)["error"].startswith("rank 1")
+
+
+def test_the_watch_of_the_start_can_be_switched_off(start):
+    started = start("first_step_hangs", 2, MEGACTL_START_TIMEOUT="0")
+    started.ready()
+    time.sleep(1.5)
+    assert started.process.poll() is None
+
+
 def test_hang_watch_can_be_switched_off(start):
     started = start("loop", 2, MEGACTL_HANG_TIMEOUT="0")
     pids = started.ready()
@@ -265,6 +304,13 @@ def test_save_is_no_hang(start):
     started.ready()
     started.process.send_signal(signal.SIGTERM)
     assert started.end()[0] == 75
+
+
+def test_a_slow_start_is_no_hang_for_the_limit_of_a_step(start):
+    started = start("never_stops", 1, MEGACTL_HANG_TIMEOUT="0.2")
+    started.ready()
+    time.sleep(1.0)
+    assert started.process.poll() is None
 
 
 def test_bad_hang_timeout_is_refused(start):
@@ -415,6 +461,12 @@ def test_in_place_hang_ends_the_rank(start):
     assert code == 1
     assert "rank 0 made no progress" in err
     assert "in beats_then_hangs" in (started.run_dir / "logs" / "rank-0.log").read_text()
+
+
+def test_in_place_hang_at_the_start_ends_the_rank(start):
+    code, _, err = start("first_step_hangs", 1, "srun", TEST_RANK="1", TEST_WORLD="2", MEGACTL_START_TIMEOUT="0.5").end()
+    assert code == 1
+    assert "rank 1 made no progress" in err and "before its first iteration" in err and "MEGACTL_START_TIMEOUT" in err
 
 
 # ---- two nodes, one launcher each -------------------------------------------------------------------------------------------------

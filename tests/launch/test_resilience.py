@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megactl.engine import resilience
-from megactl.engine.resilience import Board, HangWatch, Heartbeat, StopFlag, exit_duration_reached, hang_timeout_from_environment
+from megactl.engine.resilience import Board, HangWatch, Heartbeat, Limits, StopFlag, exit_duration_reached
 from megactl.errors import MegactlError
 
 
@@ -47,7 +47,7 @@ def watch_until(clock: Clock, watch: HangWatch, seconds: float, alive=(0, 1)) ->
 def test_silent_rank_is_found_after_its_limit(clock):
     board = Board(2)
     hearts = [Heartbeat(board, rank) for rank in range(2)]
-    watch = HangWatch(board, None)
+    watch = HangWatch(board, Limits())
     run_steps(clock, hearts, range(1, 6), 1.0)
     silent_since = clock.now
     for _ in range(100):
@@ -62,24 +62,66 @@ def test_silent_rank_is_found_after_its_limit(clock):
 def test_slow_steps_have_a_longer_limit(clock):
     board = Board(1)
     run_steps(clock, [Heartbeat(board, 0)], range(1, 6), 30.0)
-    watch = HangWatch(board, None)
+    watch = HangWatch(board, Limits())
     assert watch.limit(board.pulse(0)) == pytest.approx(600)
     assert watch_until(clock, watch, 560, alive=(0,)) == []
 
 
-def test_nothing_is_watched_before_the_first_step(clock):
+def test_the_start_has_a_limit_of_its_own(clock):
+    """Before the second step ends, silence is measured from the last sign of life; before any, from the birth of the watch."""
     board = Board(1)
-    heart, watch = Heartbeat(board, 0), HangWatch(board, 1.0)
-    assert watch_until(clock, watch, 500, alive=(0,)) == []
+    heart, watch = Heartbeat(board, 0), HangWatch(board, Limits(1.0, 300.0))
+    assert watch_until(clock, watch, 299, alive=(0,)) == []
+    (found,) = watch_until(clock, watch, 5, alive=(0,))
+    assert str(found) == "made no progress for 301 s before its first iteration was done (start; limit 300 s)"
+    assert found.hint.startswith("MEGACTL_START_TIMEOUT=SECONDS")
+    heart.beat()
+    assert watch_until(clock, watch, 299, alive=(0,)) == []
     heart.beat(1)
-    assert watch_until(clock, watch, 500, alive=(0,)) == []
+    assert watch_until(clock, watch, 299, alive=(0,)) == []
     heart.beat(2)
-    assert watch_until(clock, watch, 500, alive=(0,))
+    # From here on there is a step to go by.
+    (found,) = watch_until(clock, watch, 5, alive=(0,))
+    assert found.limit == 1.0 and found.hint.startswith("MEGACTL_HANG_TIMEOUT=SECONDS")
+
+
+def test_loading_may_take_twice_as_long_as_another_part_of_the_start(clock):
+    board = Board(1)
+    heart, watch = Heartbeat(board, 0), HangWatch(board, Limits(start=300.0))
+    with heart.phase("save"):
+        assert watch_until(clock, watch, 599, alive=(0,)) == []
+        assert watch_until(clock, watch, 5, alive=(0,))
+
+
+def test_by_default_a_start_may_take_a_quarter_of_an_hour(clock):
+    watch = HangWatch(Board(1), Limits())
+    assert watch_until(clock, watch, 899, alive=(0,)) == []
+    assert watch_until(clock, watch, 5, alive=(0,))
+
+
+@pytest.mark.parametrize("limits", [Limits(start=0.0), Limits(0.0), Limits(0.0, 5.0)])
+def test_the_watch_of_the_start_can_be_switched_off(clock, limits):
+    assert watch_until(clock, HangWatch(Board(1), limits), 5000, alive=(0,)) == []
+
+
+def test_a_collective_waits_longer_than_any_limit_of_the_watch(clock):
+    for limits in (Limits(), Limits(10.0), Limits(3000.0), Limits(start=4000.0), Limits(start=0.0)):
+        board = Board(1)
+        heart, watch = Heartbeat(board, 0), HangWatch(board, limits)
+        limit = [watch.limit(board.pulse(0))]
+        with heart.phase("save"):
+            limit.append(watch.limit(board.pulse(0)))
+        run_steps(clock, [heart], range(1, 4), 1.0)
+        for name in ("evaluate", "save", "end"):
+            with heart.phase(name):
+                limit.append(watch.limit(board.pulse(0)))
+        assert limits.collective > max(item for item in limit if item < float("inf")), limits
+    assert Limits(0.0).collective == 600.0
 
 
 def test_saving_and_evaluating_have_a_longer_limit(clock):
     board = Board(1)
-    heart, watch = Heartbeat(board, 0), HangWatch(board, 10.0)
+    heart, watch = Heartbeat(board, 0), HangWatch(board, Limits(10.0))
     run_steps(clock, [heart], range(1, 4), 0.5)
     for name in ("save", "evaluate"):
         with heart.phase(name):
@@ -95,7 +137,7 @@ def test_saving_and_evaluating_have_a_longer_limit(clock):
 
 def test_a_watcher_that_was_stopped_itself_blames_nobody(clock):
     board = Board(1)
-    watch = HangWatch(board, 60.0)
+    watch = HangWatch(board, Limits(60.0))
     run_steps(clock, [Heartbeat(board, 0)], range(1, 4), 1.0)
     assert watch.check((0,)) == []
     clock.now += 3600.0
@@ -106,30 +148,34 @@ def test_a_watcher_that_was_stopped_itself_blames_nobody(clock):
 def test_zero_switches_the_watch_off(clock):
     board = Board(1)
     run_steps(clock, [Heartbeat(board, 0)], range(1, 4), 1.0)
-    assert watch_until(clock, HangWatch(board, 0.0), 5000, alive=(0,)) == []
+    assert watch_until(clock, HangWatch(board, Limits(0.0)), 5000, alive=(0,)) == []
 
 
 def test_ended_ranks_are_not_watched(clock):
     board = Board(2)
     hearts = [Heartbeat(board, rank) for rank in range(2)]
     run_steps(clock, hearts, range(1, 4), 1.0)
-    watch = HangWatch(board, 5.0)
+    watch = HangWatch(board, Limits(5.0))
     for _ in range(30):
         hearts[0].beat(4)
         assert watch_until(clock, watch, 1, alive=(0,)) == []
 
 
 @pytest.mark.parametrize(("text", "value"), [("", None), (" ", None), ("0", 0.0), ("1.5", 1.5)])
-def test_timeout_from_the_environment(monkeypatch, text, value):
+def test_limits_from_the_environment(monkeypatch, text, value):
     monkeypatch.setenv("MEGACTL_HANG_TIMEOUT", text)
-    assert hang_timeout_from_environment() == value
+    monkeypatch.delenv("MEGACTL_START_TIMEOUT", raising=False)
+    assert Limits.from_environment() == Limits(value, 900.0)
+    monkeypatch.setenv("MEGACTL_START_TIMEOUT", text)
+    assert Limits.from_environment() == Limits(value, 900.0 if value is None else value)
 
 
+@pytest.mark.parametrize("name", ["MEGACTL_HANG_TIMEOUT", "MEGACTL_START_TIMEOUT"])
 @pytest.mark.parametrize("text", ["soon", "-1", "nan", "inf"])
-def test_bad_timeout_is_refused(monkeypatch, text):
-    monkeypatch.setenv("MEGACTL_HANG_TIMEOUT", text)
-    with pytest.raises(MegactlError, match="MEGACTL_HANG_TIMEOUT"):
-        hang_timeout_from_environment()
+def test_bad_limits_are_refused(monkeypatch, name, text):
+    monkeypatch.setenv(name, text)
+    with pytest.raises(MegactlError, match=f"{name}={text}"):
+        Limits.from_environment()
 
 
 def test_a_beat_is_cheap():

@@ -20,6 +20,16 @@ def rng(step: int = 3, first_sample: int = 0, seed: int = 2**33 + 1) -> torch.Te
     return torch.tensor([seed, step, first_sample])
 
 
+def drop_bits(element: int, n: int, *, seed: int, site: int, step: int) -> torch.Tensor:
+    """32 bits an element: above, half of word e >> 1 of the site's stream, below, the same half of the stream for ties."""
+    words = {stream: torch.empty(n // 2 + 1, dtype=torch.int64) for stream in (site, site + 2**31)}
+    for stream, out in words.items():
+        ops.philox_bits_(out, first_element=element >> 1, seed=seed, stream=stream, step=step)
+    places = [(e // 2 - element // 2, 16 * (e % 2)) for e in range(element, element + n)]
+    halves = {stream: [int(out[word]) >> shift & 0xFFFF for word, shift in places] for stream, out in words.items()}
+    return torch.tensor([upper << 16 | lower for upper, lower in zip(halves[site], halves[site + 2**31], strict=True)])
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_definition(backend, dtype):
     """Element by element from the words, as the formula in the docstring says."""
@@ -29,9 +39,8 @@ def test_definition(backend, dtype):
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     for b in range(2):
         for o in range(3):
-            words = torch.empty(10, dtype=torch.int64)
-            ops.philox_bits_(words, first_element=((first + b) * size + offset + o) * 10, seed=2**33 + 1, stream=6, step=3)
-            kept = torch.where(words >= math.floor(p * 2**32), x[b, o].reshape(-1).to(compute) * (1 / (1 - p)), 0)
+            bits = drop_bits(((first + b) * size + offset + o) * 10, 10, seed=2**33 + 1, site=6, step=3)
+            kept = torch.where(bits >= math.floor(p * 2**32), x[b, o].reshape(-1).to(compute) * (1 / (1 - p)), 0)
             assert torch.equal(y[b, o].reshape(-1), (residual[b, o].reshape(-1).to(compute) + kept).to(dtype))
 
 
@@ -54,6 +63,14 @@ def test_large_tensors_over_threads(compiled):
     x, residual = torch.randn(3, 257, 129), torch.randn(3, 257, 129)
     arguments = (x, residual, 0.1, rng(), 1, 0, 0)
     assert torch.equal(torch.ops.megactl.dropout_add(*arguments), reference.dropout_add(*arguments))
+
+
+def test_a_probability_below_the_first_16_bits_is_honoured(backend):
+    """Whether an element goes is then decided by the second 16 bits alone; an odd length shifts the halves."""
+    x, p = torch.ones(1, 2047, 1023), 2.0**-17
+    dropped = ops.dropout_add(x, None, p, rng(), 1) == 0
+    assert torch.equal(dropped, reference.dropout_add(x, None, p, rng(), 1, 0, 0) == 0)
+    assert dropped.sum() > 0 and abs(dropped.sum() - p * x.numel()) < 5 * math.sqrt(p * x.numel())
 
 
 def test_every_layout_keeps_the_same_elements(backend):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 from train_harness import (
     ROOT,
@@ -147,26 +146,10 @@ def test_a_killed_rank_ends_torchrun(tmp_path):
 
 
 @pytest.mark.nightly
-def test_a_real_slurm_runs_it(tmp_path, shared):
-    """One srun task a rank in a Slurm of virtual nodes; needs root, to start its daemons."""
-    scripts = shared / "slurm"
-    if os.geteuid() != 0 or not (scripts / "slurm-up.sh").exists():
-        pytest.skip("needs root and the scripts that start a Slurm")
-    was_up = any(process.name() == "slurmctld" for process in psutil.process_iter())
-    # A test installs no packages: without Slurm on the machine the script fails and the test is skipped.
-    environment = clean_environment(SLURM_LAB_INSTALL="0")
-    up = subprocess.run(["bash", str(scripts / "slurm-up.sh")], capture_output=True, text=True, timeout=180, env=environment)
-    if up.returncode != 0:
-        pytest.skip(f"no Slurm could be started here: {up.stderr[-300:]}")
-    exports = dict(line.removeprefix("export ").split("=", 1) for line in up.stdout.splitlines() if line.startswith("export "))
-    environment = clean_environment(**{name: value.rstrip(";").strip("\"'") for name, value in exports.items() if name != "PATH"})
+def test_a_real_slurm_runs_it(tmp_path, real_slurm):
+    """One srun task a rank, started without a script."""
     command = ["srun", "-N1", "-n2", "--chdir", str(tmp_path), sys.executable, "-m", "megactl", "train", *merged(TINY, ("--dp", "2"))]
-    try:
-        run = [*command, "--run-dir", str(tmp_path / "srun")]
-        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=180, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        assert [iteration for iteration, _ in losses(tmp_path / "srun")] == list(range(1, 7))
-        assert summary(tmp_path / "srun")["world_size"] == 2
-    finally:
-        if not was_up:
-            subprocess.run(["bash", str(scripts / "slurm-down.sh")], capture_output=True, timeout=60)
+    done = real_slurm.call(*command, "--run-dir", str(tmp_path / "srun"), cwd=ROOT, limit=180, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert [iteration for iteration, _ in losses(tmp_path / "srun")] == list(range(1, 7))
+    assert summary(tmp_path / "srun")["world_size"] == 2

@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from train_harness import assert_same_tensors, checkpoint, gone, losses, steps, summary, wait_for
+from train_harness import assert_same_tensors, checkpoint, evaluations, gone, losses, records, steps, summary, wait_for
 
 ENDLESS = ("--iterations", "100000", "--dp", "2")
 
@@ -110,6 +110,49 @@ def test_a_rank_that_hangs_is_named(train):
     done = command.wait(40).must(1, f"rank 1 (pid {ranks[1]}) made no progress", "stopped by a signal (SIGSTOP)")
     assert "MEGACTL_HANG_TIMEOUT" in done.err
     assert all(gone(pid) for pid in ranks.values())
+
+
+def test_a_rank_that_is_stopped_while_it_starts_is_named(train):
+    command = train.begin("run", *ENDLESS, MEGACTL_START_TIMEOUT="4")
+    ranks = command.ranks(2)
+    os.kill(ranks[1], signal.SIGSTOP)
+    done = command.wait(40).must(1, f"error: rank 1 (pid {ranks[1]}) made no progress", "stopped by a signal (SIGSTOP)")
+    assert "before its first iteration was done (start; limit 4 s)" in done.err and "MEGACTL_START_TIMEOUT" in done.err
+    assert all(gone(pid) for pid in ranks.values())
+
+
+EVALUATED = ("--dp", "2", "--iterations", "12", "--eval-interval", "1")
+
+
+def test_a_stop_saves_before_it_evaluates_and_no_point_is_lost(train, tmp_path):
+    train("whole", *EVALUATED, "--eval-iterations", "2").must(0)
+    command = train.begin("run", *EVALUATED, "--eval-iterations", "2")
+    command.iterations(2)
+    command.signal(signal.SIGTERM)
+    command.wait().must(75)
+    (stopped,) = steps(tmp_path / "run")
+    # Every iteration is to be evaluated; the one it stopped at has been left to the next start.
+    assert [iteration for iteration, _ in evaluations(tmp_path / "run")] == list(range(1, stopped))
+    train("run", *EVALUATED, "--eval-iterations", "2").must(0)
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole") and len(evaluations(tmp_path / "run")) == 12
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    before = records(tmp_path / "run")
+    train("run", *EVALUATED, "--eval-iterations", "2").must(0, "nothing to do")
+    assert records(tmp_path / "run") == before
+
+
+def test_a_kill_in_an_evaluation_costs_neither_the_save_nor_the_point(train, tmp_path):
+    slow = ("--dp", "2", "--iterations", "12", "--eval-interval", "4", "--eval-iterations", "2000")
+    command = train.begin("run", *slow, "--save-interval", "4")
+    wait_for(lambda: "step-00000004 in" in command.err, command.alive)
+    os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
+    assert steps(tmp_path / "run") == [4] and evaluations(tmp_path / "run") == []
+    quick = ("--dp", "2", "--iterations", "12", "--eval-interval", "4", "--eval-iterations", "2")
+    train("run", *quick).must(0, "at iteration 4")
+    assert [iteration for iteration, _ in evaluations(tmp_path / "run")] == [4, 8, 12]
+    train("whole", *quick).must(0)
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
 
 
 @pytest.mark.nightly

@@ -11,7 +11,7 @@ namespace megactl {
 // 38.6 (double), beyond which e is zero, the polynomials' relative errors are 3e-8 and 1.2e-17.
 MEGACTL_INLINE float normal_tail(float v, float* e) {
     const float t = reciprocal(multiply_add(0.27f, v < 0.0f ? -v : v, 1.0f));
-    *e = power_of_two(v * v * static_cast<float>(-0.5 * kLog2E));
+    *e = power_of_two_up_to_1(v * v * static_cast<float>(-0.5 * kLog2E));
     // Even and odd powers apart: half as long a chain of operations that wait for each other.
     const float z = t * t;
     float even = 2.920583342e-02f, odd = -1.277225574e-01f;
@@ -26,7 +26,7 @@ MEGACTL_INLINE float normal_tail(float v, float* e) {
 }
 MEGACTL_INLINE double normal_tail(double v, double* e) {
     const double t = reciprocal(multiply_add(0.2, v < 0.0 ? -v : v, 1.0));
-    *e = power_of_two(v * v * (-0.5 * kLog2E));
+    *e = power_of_two_up_to_1(v * v * (-0.5 * kLog2E));
     double p = -0.0001255524296935802;
     p = multiply_add(p, t, 0.00063452176104748085);
     p = multiply_add(p, t, 0.0021951209114855856);
@@ -62,30 +62,33 @@ MEGACTL_INLINE T normal_distribution(T v, T* e) {
 
 constexpr double kRootTwoOverPi = 0.79788456080286536, kCubic = 0.044715;
 
-// (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)) with u = sqrt(2 / pi) (v + 0.044715 v^3), and `e` = exp(-2u): unlike 1 + tanh it does not
-// cancel for negative u.
+// exp(-2u) with u = sqrt(2 / pi) (v + 0.044715 v^3). The tanh form's (1 + tanh(u)) / 2 is 1 / (1 + exp(-2u)), which unlike 1 + tanh does
+// not cancel for negative u.
 template <typename T>
-MEGACTL_INLINE T tanh_share(T v, T* e) {
+MEGACTL_INLINE T tanh_exponential(T v) {
     constexpr double kLinear = -2.0 * kLog2E * kRootTwoOverPi;
-    *e = power_of_two(v * multiply_add(v * v, static_cast<T>(kLinear * kCubic), static_cast<T>(kLinear)));
-    return reciprocal(T(1) + *e);
+    return power_of_two(v * multiply_add(v * v, static_cast<T>(kLinear * kCubic), static_cast<T>(kLinear)));
 }
 
 template <bool kTanh, typename T>
 MEGACTL_INLINE T gelu(T v) {
+    if (kTanh) return v * reciprocal(T(1) + tanh_exponential(v));
     T e;
-    return v * (kTanh ? tanh_share(v, &e) : normal_distribution(v, &e));
+    return v * normal_distribution(v, &e);
 }
 
-// The derivative of gelu.
+// The derivative of gelu: of the tanh form, from v and e = tanh_exponential(v), and of either.
+template <typename T>
+MEGACTL_INLINE T tanh_slope(T v, T e) {
+    const T share = reciprocal(T(1) + e), other = e < T(1) ? e * share : T(1) - share;  // 1 - share, without cancelling
+    const T two_du = multiply_add(v * v, static_cast<T>(6.0 * kRootTwoOverPi * kCubic), static_cast<T>(2.0 * kRootTwoOverPi));
+    return multiply_add(v * (share * other), two_du, share);
+}
+
 template <bool kTanh, typename T>
 MEGACTL_INLINE T gelu_slope(T v) {
+    if (kTanh) return tanh_slope(v, tanh_exponential(v));
     T e;
-    if (kTanh) {
-        const T share = tanh_share(v, &e), other = e < T(1) ? e * share : T(1) - share;  // 1 - share, without cancelling
-        const T two_du = multiply_add(v * v, static_cast<T>(6.0 * kRootTwoOverPi * kCubic), static_cast<T>(2.0 * kRootTwoOverPi));
-        return multiply_add(v * (share * other), two_du, share);
-    }
     const T below = normal_distribution(v, &e);
     return multiply_add(v * static_cast<T>(0.39894228040143268), e, below);  // the density is e / sqrt(2 pi)
 }

@@ -108,7 +108,19 @@ MEGACTL_INLINE void box_muller(uint32_t first, uint32_t second, double* z0, doub
     *z1 = radius * sine;
 }
 
-// Dropout keeps a word at or above this: floor(p * 2^32). p in [0, 1).
+// Dropout keeps an element whose 32 bits are at or above this: floor(p * 2^32). p in [0, 1).
+//
+// The upper 16 of them are half a word: element e has half e & 1 (the low one first) of word e >> 1, hence of block e >> 3. The lower 16
+// are the same half of the stream `drop_ties`, and matter only where the upper ones equal the threshold's, once in 65536: with eight
+// elements a block, not four, a GPU draws faster than it reads and writes.
 MEGACTL_INLINE uint32_t drop_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }
+
+MEGACTL_INLINE Stream drop_ties(Stream s) {
+    s.stream ^= 0x80000000u;  // sites are below
+    return s;
+}
+
+// 16 bits of element `lane` (0 to 7) of a block.
+MEGACTL_INLINE uint32_t half_word(const uint32_t words[4], int lane) { return words[lane >> 1] >> 16 * (lane & 1) & 0xffffu; }
 
 }  // namespace megactl

@@ -1,4 +1,5 @@
 // bias + GELU, and its backward with the bias's gradient.
+#include "ops/rows.h"
 #include "ops/tensors.h"
 
 #include <algorithm>
@@ -35,7 +36,10 @@ Tensor bias_gelu_cpu(Tensor x, Tensor bias, bool tanh) {
     if (x.numel() == 0) return y;
     with_type(x, [&](auto zero) {
         using T = decltype(zero);
-        const T *const from = const_data<T>(x), *const add = const_data<T>(bias);
+        using C = typename Compute<T>::type;
+        Rows<C> copy;
+        const C* const add = wide_copy(bias, copy, zero);
+        const T* const from = const_data<T>(x);
         T* const to = data<T>(y);
         torch::stable::parallel_for(0, x.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
             for (int64_t at = begin; at < end;) {
@@ -53,7 +57,7 @@ Tensor bias_gelu_cpu(Tensor x, Tensor bias, bool tanh) {
 int64_t rows_a_block(int64_t rows) { return std::max<int64_t>(16, (rows + 63) / 64); }
 
 template <typename T, typename C>
-void gelu_backward_blocks(const Matrix& shape, bool tanh, const T* grad, const T* x, const T* bias, T* grad_x, C* sums) {
+void gelu_backward_blocks(const Matrix& shape, bool tanh, const T* grad, const T* x, const C* bias, T* grad_x, C* sums) {
     const int64_t rows = rows_a_block(shape.rows), blocks = (shape.rows + rows - 1) / rows, n = shape.columns;
     std::vector<C> partial(static_cast<size_t>(blocks * n), C(0));
     torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, kGrain / 4 / (rows * n)), [&](int64_t begin, int64_t end) {
@@ -77,7 +81,9 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(Tensor grad, Tensor x, Tensor 
     with_type(x, [&](auto zero) {
         using T = decltype(zero);
         using C = typename Compute<T>::type;
-        gelu_backward_blocks(shape, tanh, const_data<T>(grad), const_data<T>(x), const_data<T>(bias), data<T>(grad_x), data<C>(grad_bias));
+        Rows<C> copy;
+        const C* const add = wide_copy(bias, copy, zero);
+        gelu_backward_blocks(shape, tanh, const_data<T>(grad), const_data<T>(x), add, data<T>(grad_x), data<C>(grad_bias));
     });
     return {grad_x, grad_bias};
 }

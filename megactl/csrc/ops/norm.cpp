@@ -1,8 +1,8 @@
 // LayerNorm and RMSNorm over the last dimension, alone or behind the addition of a residual.
+#include "ops/rows.h"
 #include "ops/tensors.h"
 
 #include <algorithm>
-#include <memory>
 #include <tuple>
 
 #include "kernels/cpu/norm.h"
@@ -79,26 +79,17 @@ int64_t rows_a_run(int64_t rows) { return std::clamp<int64_t>((rows + 63) / 64, 
 
 int64_t row_grain(int64_t columns) { return std::max<int64_t>(1, kGrain / columns); }
 
-// The weight, or the bias, in the type of the arithmetic: itself or a copy in `copy`.
-template <typename C, typename T>
-const C* wide_weight(const Tensor& t, std::unique_ptr<C[]>& copy, T) {
-    if (t.element_size() == sizeof(C)) return const_data<C>(t);
-    copy.reset(new C[t.numel()]);
-    if constexpr (!std::is_same_v<T, C>) cpu::widen(const_data<T>(t), t.numel(), copy.get());
-    return copy.get();
-}
-
 template <typename T, typename C>
-std::unique_ptr<C[]> row_scratch(int64_t columns) {
-    return std::unique_ptr<C[]>(std::is_same_v<T, C> ? nullptr : new C[cpu::kScratchRows * columns]);
+Rows<C> row_scratch(int64_t columns) {
+    return std::is_same_v<T, C> ? nullptr : new_rows<C>(cpu::kScratchRows * columns);
 }
 
 void forward_cpu(const NormInputs& in, const Tensor* residual, const Tensor* bias, double epsilon, NormOutputs& out) {
     with_type(in.x, [&](auto zero) {
         using T = decltype(zero);
         using C = typename Compute<T>::type;
-        std::unique_ptr<C[]> copies[2];
-        const C *const weight = wide_weight(in.weight, copies[0], zero), *const shift = bias ? wide_weight(*bias, copies[1], zero) : nullptr;
+        Rows<C> copies[2];
+        const C *const weight = wide_copy(in.weight, copies[0], zero), *const shift = bias ? wide_copy(*bias, copies[1], zero) : nullptr;
         const T *const x = const_data<T>(in.x), *const add = residual ? const_data<T>(*residual) : nullptr;
         T *const y = data<T>(out.y), *const sum = residual ? data<T>(out.sum) : nullptr;
         C *const mean = bias ? data<C>(out.mean) : nullptr, *const rstd = data<C>(out.rstd);
@@ -118,9 +109,9 @@ void backward_cpu(const NormInputs& in, const Tensor& grad_y, const Tensor* mean
     with_type(in.x, [&](auto zero) {
         using T = decltype(zero);
         using C = typename Compute<T>::type;
-        std::unique_ptr<C[]> copy;
-        const std::unique_ptr<C[]> partial(new C[(mean ? 2 : 1) * runs * columns]);
-        const C* const weight = wide_weight(in.weight, copy, zero);
+        Rows<C> copy;
+        const Rows<C> partial = new_rows<C>((mean ? 2 : 1) * runs * columns);
+        const C* const weight = wide_copy(in.weight, copy, zero);
         const T *const gs = const_data<T>(grad_y), *const xs = const_data<T>(in.x), *const add = grad_sum ? const_data<T>(*grad_sum) : nullptr;
         T* const to = data<T>(out.x);
         // The kernels read the statistics and write none.

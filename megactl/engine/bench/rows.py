@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from megactl.engine import ops
-from megactl.engine.bench.measure import Clock, Contestant, Timing, cache_bytes, clock_for, compare, interleave
+from megactl.engine.bench.measure import Clock, Contestant, Timing, cache_bytes, clock_for, clock_name, compare, interleave
 from megactl.engine.bench.operators import OPERATORS
 from megactl.engine.bench.sizes import Size
 from megactl.engine.bench.work import COMPILE, COPY, OURS, Work, copy_of, disagreement
@@ -186,12 +187,14 @@ def _sentence(error: BaseException) -> str:
 
 
 def bench_environment(device: torch.device) -> dict[str, Any]:
-    """What the times depend on: versions, commit, device with its clocks, threads, cache, and how the operators were built."""
+    """What the times depend on: versions, commit, device with its clocks, threads, cache, other load, how the operators were built."""
     return {
         **collect_environment(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "operators": ops.describe(),
         "threads": torch.get_num_threads(),
+        "timed_by": clock_name(device),
+        "load_average": os.getloadavg()[0],
         "cache_bytes": cache_bytes(device),
         "clocks": _clocks() if device.type == "cuda" else None,
     }

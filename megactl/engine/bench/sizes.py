@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megactl.config.presets import PRESETS, preset_values
-from megactl.costmodel import padded_vocab
+from megactl.costmodel.parameters import padded_vocab
 from megactl.errors import ConfigError, Problem
 
 SMALL = "small"

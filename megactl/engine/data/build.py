@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megactl.config.schema import Run
-from megactl.costmodel import has_sentence_head
+from megactl.costmodel.parameters import has_sentence_head
 from megactl.engine.data.bert import BertDataset, BlendedPairs, MockPairs, PairDataset
 from megactl.engine.data.datasets import BlendedDataset, GPTDataset, MockDataset, TokenDataset
 from megactl.engine.data.masking import MaskingRules, MaskingVocabulary, PairMasker

@@ -18,10 +18,10 @@ from megactl.engine.launch.context import RankContext
 from megactl.engine.launch.failures import describe, root_cause
 from megactl.engine.launch.host import ParentDeath
 from megactl.engine.launch.job import EXIT_ABORTED, EXIT_SAVED, Job
-from megactl.engine.launch.rendezvous import listen
 from megactl.engine.launch.supervisor import Child, Outcome, Supervisor
 from megactl.engine.resilience import STOP_SIGNALS, Board, HangWatch, Heartbeat, StopFlag
 from megactl.errors import RunError
+from megactl.machine.sockets import listen
 
 if TYPE_CHECKING:
     from megactl.config.start import StartInfo
@@ -33,8 +33,9 @@ def run_forked(job: Job) -> int:
     start = job.start
     job.forget_last_attempt(range(start.rank, start.rank + start.local_world_size))
     with _wire(start) as wires:
+        watch = HangWatch(wires.board, job.limits)
         children = _fork_all(job, wires)
-        outcome = Supervisor(children, wires.board, HangWatch(wires.board, job.watch_seconds), job.run_dir, wires.read_end).run()
+        outcome = Supervisor(children, wires.board, watch, job.run_dir, wires.read_end).run()
     return _conclude(job, outcome)
 
 
@@ -147,7 +148,7 @@ def _conclude(job: Job, outcome: Outcome) -> int:
         print("interrupted: the ranks were ended without saving", file=sys.stderr)
         return job.finish("interrupted", EXIT_ABORTED, "interrupted by a second SIGINT")
     if outcome.hang is not None:
-        print(f"error: {outcome.hang}\n  hint: MEGACTL_HANG_TIMEOUT=SECONDS sets the limit, 0 switches it off", file=sys.stderr)
+        print(f"error: {outcome.hang}", file=sys.stderr)
         return job.finish("failed", 1, outcome.hang.splitlines()[0])
     if outcome.failures:
         failure = root_cause(outcome.failures)

@@ -7,6 +7,9 @@ import os
 import signal
 from pathlib import Path
 
+from megactl.machine.cgroup import memory_event_files
+from megactl.machine.system import System
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -49,7 +52,7 @@ class ParentDeath:
 
 def oom_kills() -> int | None:
     """Processes of this memory cgroup (v2, then v1) killed for memory so far; None where the kernel does not tell."""
-    for path in _memory_event_files():
+    for path in memory_event_files(System()):
         try:
             text = path.read_text()
         except OSError:
@@ -59,24 +62,6 @@ def oom_kills() -> int | None:
             if name == "oom_kill" and value.strip().isdigit():
                 return int(value)
     return None
-
-
-def _memory_event_files() -> list[Path]:
-    files = []
-    root = Path("/sys/fs/cgroup")
-    try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        groups = []
-    for group in groups:
-        _, controllers, path = group.split(":", 2)
-        if controllers == "":
-            files.append(root / path.lstrip("/") / "memory.events")
-        elif "memory" in controllers.split(","):
-            files.append(root / "memory" / path.lstrip("/") / "memory.oom_control")
-    # Inside a container the path above is the host's and does not exist; its own group is mounted at the root.
-    # /proc/vmstat, the last resort, counts for the whole machine.
-    return [*files, root / "memory.events", root / "memory" / "memory.oom_control", Path("/proc/vmstat")]
 
 
 def process_state(pid: int) -> str:

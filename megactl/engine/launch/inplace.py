@@ -36,7 +36,7 @@ def run_inplace(job: Job) -> int:
     stop.install(own_interrupts=True)
     with open_log(context) as log:
         enable_stack_dumps(log)
-        watch = LocalWatch(HangWatch(board, job.watch_seconds), log=log, on_hang=lambda overdue: _end_hung_rank(job, context, overdue))
+        watch = LocalWatch(HangWatch(board, job.limits), log=log, on_hang=lambda overdue: _end_hung_rank(job, context, overdue))
         watch.start()
         limit_threads(context)
         try:
@@ -66,7 +66,7 @@ def _conclude(job: Job, context: RankContext, code: int, report: Report | None) 
 
 def _end_hung_rank(job: Job, context: RankContext, overdue: Overdue) -> None:
     text = f"rank {context.rank} {overdue}"
-    print(f"error: {text}\n  its stacks: {log_path(context.run_dir, context.rank)}", file=sys.stderr, flush=True)
+    print(f"error: {text}\n  its stacks: {log_path(context.run_dir, context.rank)}\n  hint: {overdue.hint}", file=sys.stderr, flush=True)
     try:
         job.finish("failed", 1, text)
     except Exception:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megactl.engine.launch.child import Worker
 from megactl.engine.launch.context import RankContext, error_path
 from megactl.engine.metrics import read_summary, write_summary
+from megactl.engine.resilience import Limits
 
 if TYPE_CHECKING:
     from megactl.config.schema import Run
@@ -21,7 +22,7 @@ EXIT_ABORTED = 130
 
 @dataclass(frozen=True)
 class Job:
-    """A run about to start in this process. `started`: time.monotonic(); `watch_seconds`: see resilience.HangWatch."""
+    """A run about to start in this process. `started`: time.monotonic(); `limits`: of ranks without progress."""
 
     run: Run
     resolved: Any
@@ -29,7 +30,7 @@ class Job:
     run_dir: Path
     worker: Worker
     started: float
-    watch_seconds: float | None
+    limits: Limits
 
     def work(self, context: RankContext) -> int:
         """Call the worker of one rank."""

@@ -14,7 +14,7 @@ from megactl.engine.launch.host import thread_environment
 from megactl.engine.launch.inplace import run_inplace
 from megactl.engine.launch.job import Job
 from megactl.engine.metrics import check_loggers
-from megactl.engine.resilience import hang_timeout_from_environment
+from megactl.engine.resilience import Limits
 from megactl.errors import MegactlError
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ def launch(run: Run, resolved: Any, start: StartInfo, *, worker: Worker | None =
     (`config.store.claim`); the ranks share that lock, so it lasts until the last of them is gone.
     """
     started = time.monotonic()
-    watch_seconds = hang_timeout_from_environment()
+    limits = Limits.from_environment()
     check_loggers(resolved.run)
     os.environ.update(thread_environment(start.local_world_size))
     run_dir = _run_directory(resolved.run, start)
-    job = Job(run, resolved, start, run_dir, worker or _default_worker(), started, watch_seconds)
+    job = Job(run, resolved, start, run_dir, worker or _default_worker(), started, limits)
     return run_forked(job) if start.spawns else run_inplace(job)
 
 

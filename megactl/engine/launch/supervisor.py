@@ -78,6 +78,9 @@ class Supervisor:
                 if self._outcome.failures:
                     deadline = self._deadline()
                     if time.time() >= deadline:
+                        # Ranks that lost a connection are witnesses; a rank that is stopped is what they waited for.
+                        if all(failure.secondary for failure in self._outcome.failures) and self._stopped():
+                            self._outcome.hang = self._describe_hang([])
                         break
                 elif overdue := self._watch.check(child.context.local_rank for child in self._alive()):
                     self._outcome.hang = self._describe_hang(overdue)
@@ -179,8 +182,14 @@ class Supervisor:
                 name = signal.Signals(number).name
                 self.say(f"{name} received: the run saves at the end of this iteration and exits with code 75{again}")
 
+    def _stopped(self) -> list[Child]:
+        return [child for child in self._alive() if process_state(child.pid) in ("T", "t")]
+
     def _describe_hang(self, overdue: list[Overdue]) -> str:
-        """Ask every rank for its stacks, then name the likeliest cause: one that is stopped, is behind, or waits for nobody."""
+        """Ask every rank for its stacks, then name the likeliest cause: one that is stopped, is behind, or waits for nobody.
+
+        A stopped rank is suspected also where another one's limit ran out first: it began to wait earlier than this one was stopped.
+        """
         sizes = {child.pid: _size(log_path(self._run_dir, child.context.rank)) for child in self._alive()}
         for child in self._alive():
             os.kill(child.pid, signal.SIGQUIT)
@@ -189,11 +198,13 @@ class Supervisor:
             time.sleep(0.05)
         time.sleep(0.1)
         lines, suspects = [], []
-        silent = {item.index: item for item in overdue}
+        stopped_ranks = self._stopped()
+        silent = {child.context.local_rank: self._watch.silence(child.context.local_rank) for child in stopped_ranks}
+        silent |= {item.index: item for item in overdue}
         for child in self._alive():
             rank, pulse = child.context.rank, self._board.pulse(child.context.local_rank)
             frame = innermost_frame(log_path(self._run_dir, rank), sizes[child.pid])
-            stopped = process_state(child.pid) in ("T", "t")
+            stopped = child in stopped_ranks
             where = "stopped by a signal (SIGSTOP)" if stopped else frame or "gave no stack"
             lines.append(f"    rank {rank} (pid {child.pid}): iteration {pulse.iteration}, {pulse.phase}: {where}")
             if child.context.local_rank in silent:
@@ -201,7 +212,9 @@ class Supervisor:
                 suspects.append((likely, child, silent[child.context.local_rank], where))
         _, child, item, where = min(suspects, key=lambda suspect: suspect[0])
         head = f"rank {child.context.rank} (pid {child.pid}) {item}: {where}"
-        return "\n".join([head, "  every rank on this machine, innermost frame (all stacks are in logs/rank-N.log):", *lines])
+        lines += [f"    rank {failure.rank} (pid {failure.pid}): {_last_word(failure)}" for failure in self._outcome.failures]
+        every = "  every rank on this machine, innermost frame (all stacks are in logs/rank-N.log):"
+        return "\n".join([head, every, *lines, f"  hint: {item.hint}"])
 
     def _kill_rest(self) -> None:
         for child in self._alive():
@@ -256,6 +269,10 @@ class Supervisor:
         except OSError:
             # The console is gone (closed terminal, broken pipe). The logs have everything, and the run is worth more than its console.
             self._live_line = False
+
+
+def _last_word(failure: Failure) -> str:
+    return "ended" if failure.report is None else f"ended with {failure.report.type}: {failure.report.message.splitlines()[0][:160]}"
 
 
 def _size(path: Path) -> int:

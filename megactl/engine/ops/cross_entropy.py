@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megactl.engine.ops.calls import compiled, differentiable
 from megactl.engine.ops.library import use_compiled
 from megactl.engine.ops.philox import FLOATS
 from megactl.engine.ops.reference import cross_entropy as reference
@@ -30,7 +31,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, first_row: int = 0, num_rows: 
     """
     rows = _checked(logits, labels, first_row, num_rows)
     arguments = (logits.contiguous(), labels.contiguous(), first_row, rows)
-    return torch.ops.megactl.cross_entropy(*arguments)[2] if use_compiled() else reference.cross_entropy(*arguments)
+    return compiled("cross_entropy", *arguments)[2] if use_compiled() else reference.cross_entropy(*arguments)
 
 
 @torch.no_grad()
@@ -41,8 +42,8 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, first_row: int = 0, nu
     shows in total. Raises ValueError for tensors that do not fit.
     """
     rows = _checked(logits, labels, first_row, num_rows)
-    function = torch.ops.megactl.cross_entropy_forward if use_compiled() else reference.cross_entropy_forward
-    return function(logits.contiguous(), labels.contiguous(), first_row, rows)
+    arguments = (logits.contiguous(), labels.contiguous(), first_row, rows)
+    return compiled("cross_entropy_forward", *arguments) if use_compiled() else reference.cross_entropy_forward(*arguments)
 
 
 @torch.no_grad()
@@ -56,8 +57,9 @@ def cross_entropy_backward(
     """
     rows = _checked(logits, labels, first_row, num_rows)
     _check_rows(logits, labels, maximum=maximum, total=total, scale=scale)
-    function = torch.ops.megactl.cross_entropy_backward if use_compiled() else reference.cross_entropy_backward
-    return function(logits.contiguous(), labels.contiguous(), maximum.contiguous(), total.contiguous(), scale.contiguous(), first_row, rows)
+    dense = (logits.contiguous(), labels.contiguous(), maximum.contiguous(), total.contiguous(), scale.contiguous())
+    arguments = (*dense, first_row, rows)
+    return compiled("cross_entropy_backward", *arguments) if use_compiled() else reference.cross_entropy_backward(*arguments)
 
 
 @torch.no_grad()
@@ -105,8 +107,8 @@ def register() -> None:
         torch.library.register_fake(f"megactl::{name}", _fake_forward)
     torch.library.register_fake("megactl::cross_entropy_backward", lambda logits, *rest: torch.empty_like(logits))
     torch.library.register_fake("megactl::cross_entropy_backward_", lambda *arguments: None)
-    torch.library.register_autograd("megactl::cross_entropy", _backward, setup_context=_context)
-    torch.library.register_autograd("megactl::cross_entropy_backward", _no_second_derivative)
+    differentiable("cross_entropy", _backward, _context)
+    differentiable("cross_entropy_backward", _no_second_derivative)
 
 
 def _fake_forward(logits: Tensor, labels: Tensor, *rest: int) -> Three:
@@ -126,7 +128,8 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
 def _backward(ctx: Any, _maximum: Tensor | None, _total: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
     logits, labels, maximum, total = ctx.saved_tensors
     scale = grad.contiguous()
-    return torch.ops.megactl.cross_entropy_backward(logits, labels, maximum, total, scale, ctx.first_row, ctx.num_rows), None, None, None
+    grad_logits = compiled("cross_entropy_backward", logits, labels, maximum, total, scale, ctx.first_row, ctx.num_rows)
+    return grad_logits, None, None, None
 
 
 def _no_second_derivative(ctx: Any, grad: Tensor) -> None:

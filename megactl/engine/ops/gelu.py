@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megactl.engine.ops.calls import compiled, differentiable
 from megactl.engine.ops.library import looks, use_compiled
 from megactl.engine.ops.reference import gelu as reference
 
@@ -27,7 +28,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
     tanh = _is_tanh(approximate)
     _check(x, bias)
     arguments = (x.contiguous(), bias.contiguous(), tanh)
-    return torch.ops.megactl.bias_gelu(*arguments) if use_compiled() else reference.bias_gelu(*arguments)
+    return compiled("bias_gelu", *arguments) if use_compiled() else reference.bias_gelu(*arguments)
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, approximate: str =
     if grad.shape != x.shape or grad.dtype != x.dtype or grad.device != x.device:
         raise ValueError(f"grad is {looks(grad)}, x is {looks(x)}: grad must have the shape, dtype and device of x")
     arguments = (grad.contiguous(), x.contiguous(), bias.contiguous(), tanh)
-    return torch.ops.megactl.bias_gelu_backward(*arguments) if use_compiled() else reference.bias_gelu_backward(*arguments)
+    return compiled("bias_gelu_backward", *arguments) if use_compiled() else reference.bias_gelu_backward(*arguments)
 
 
 def _is_tanh(approximate: str) -> bool:
@@ -68,8 +69,8 @@ def register() -> None:
     """Tell torch what shapes the operators give, and bias_gelu's backward."""
     torch.library.register_fake("megactl::bias_gelu", lambda x, bias, tanh: torch.empty_like(x))
     torch.library.register_fake("megactl::bias_gelu_backward", _fake_backward)
-    torch.library.register_autograd("megactl::bias_gelu", _backward, setup_context=_context)
-    torch.library.register_autograd("megactl::bias_gelu_backward", _no_second_derivative)
+    differentiable("bias_gelu", _backward, _context)
+    differentiable("bias_gelu_backward", _no_second_derivative)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, bias = ctx.saved_tensors
-    grad_x, grad_bias = torch.ops.megactl.bias_gelu_backward(grad.contiguous(), x, bias, ctx.tanh)
+    grad_x, grad_bias = compiled("bias_gelu_backward", grad.contiguous(), x, bias, ctx.tanh)
     return grad_x, grad_bias.to(bias.dtype), None
 
 

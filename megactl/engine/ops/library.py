@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import re
 import warnings
 
 import torch
@@ -67,11 +66,10 @@ def looks(tensor: torch.Tensor) -> str:
 @functools.cache
 def load() -> str | None:
     """Load and register the compiled operators once. Returns None, or why they are missing. Raises BuildError where they do not fit."""
-    path = _build.find_module("_ops")
-    if path is None:
-        others = ", ".join(other.name for other in _build.other_builds("_ops"))
-        return f"megactl._ops is not built for this Python{f' (found {others})' if others else ''}"
-    check(_build.read_build_info(path))
+    missing = _build.missing("_ops")
+    if missing is not None:
+        return missing
+    check(_build.built("_ops"))
     try:
         importlib.import_module("megactl._ops")
     except ImportError as error:
@@ -82,33 +80,10 @@ def load() -> str | None:
 
 def check(info: _build.BuildInfo | None) -> None:
     """Raise BuildError, naming both values, where a module built from `info` does not fit this process."""
-    if info is None:
-        problem = "megactl._ops carries no build record, so what it was built for is unknown"
-    else:
-        problem = _torch_problem(info) or _device_problem(info) or _source_problem(info)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    problem = _build.misfit("_ops", info, torch=torch.__version__, cuda=torch.version.cuda, gpus=gpus)
     if problem:
         raise BuildError(problem, f"run: {_build.build_command()} (or set MEGACTL_OPS=torch for the slower reference)")
-
-
-def _torch_problem(info: _build.BuildInfo) -> str | None:
-    found = re.match(r"\d+\.\d+", torch.__version__)
-    here = found.group() if found else torch.__version__
-    return None if info.torch == here else f"megactl._ops was built for torch {info.torch}, this is torch {here}"
-
-
-def _device_problem(info: _build.BuildInfo) -> str | None:
-    if info.cuda and not torch.version.cuda:
-        return f"megactl._ops was built for CUDA {info.cuda}, this torch is a CPU build"
-    # A CUDA build of torch on a machine without a GPU is well served by CPU kernels.
-    if not info.cuda and torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        return f"megactl._ops was built for the CPU only, this torch has CUDA {torch.version.cuda} and sees {gpus} GPUs"
-    return None
-
-
-def _source_problem(info: _build.BuildInfo) -> str | None:
-    now = _build.stale_source("_ops", info)
-    return f"megactl._ops was built from sources {info.source_hash}, megactl/csrc is now {now}" if now else None
 
 
 @functools.cache

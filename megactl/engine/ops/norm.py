@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megactl.engine.ops.calls import compiled, differentiable
 from megactl.engine.ops.library import looks, use_compiled
 from megactl.engine.ops.reference import norm as reference
 
@@ -95,14 +96,7 @@ def rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, g
 
 
 def _run(name: str, *arguments: Any) -> Any:
-    if not use_compiled():
-        return getattr(reference, name)(*arguments)
-    operator = getattr(torch.ops.megactl, name)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return operator(*arguments)
-    # The autograd registration is Python, and takes longer than a small norm even where it has nothing to do.
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+    return compiled(name, *arguments) if use_compiled() else getattr(reference, name)(*arguments)
 
 
 def _parameters(x: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -152,11 +146,9 @@ def register() -> None:
         torch.library.register_fake(f"megactl::{name}", fake)
     for kind, statistics in (("layer_norm", 2), ("rms_norm", 1)):
         for added, prefix in ((False, ""), (True, "add_")):
-            torch.library.register_autograd(
-                f"megactl::{prefix}{kind}_forward", _backward_of(kind, added), setup_context=_context_of(added, statistics)
-            )
+            differentiable(f"{prefix}{kind}_forward", _backward_of(kind, added), _context_of(added, statistics))
         # Without this, second derivatives would be silently zero.
-        torch.library.register_autograd(f"megactl::{kind}_backward", _refuse_second_derivative)
+        differentiable(f"{kind}_backward", _refuse_second_derivative)
 
 
 def _statistic(x: Tensor) -> Tensor:
@@ -187,8 +179,7 @@ def _backward_of(kind: str, added: bool) -> Callable[..., tuple[Tensor | None, .
             grad_x, gradients = grad_sum, [None] * parameters
         else:
             dense = None if grad_sum is None else grad_sum.contiguous()
-            operator = getattr(torch.ops.megactl, f"{kind}_backward")
-            grad_x, *wide = operator(grad_y.contiguous(), x, weight, *statistics, dense)
+            grad_x, *wide = compiled(f"{kind}_backward", grad_y.contiguous(), x, weight, *statistics, dense)
             gradients = [gradient.to(weight.dtype) for gradient in wide]
         return (grad_x, grad_x, *gradients, None) if added else (grad_x, *gradients, None)
 

@@ -1,8 +1,8 @@
 """Randomness that depends on what is drawn and on nothing else: not on the device, the layout, or what was drawn before.
 
 A word is Philox4x32-10 of key = seed and counter = (element >> 2, stream, step), lane element & 3, where `element` is an index in
-the whole, unsharded tensor. So every parallel layout draws the same numbers, recomputation needs no saved generator, and a CUDA
-graph replays with new ones.
+the whole, unsharded tensor (dropout takes half a word an element: see megactl/csrc/kernels/philox.h). So every parallel layout draws
+the same numbers, recomputation needs no saved generator, and a CUDA graph replays with new ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megactl.engine.ops.calls import compiled, differentiable
 from megactl.engine.ops.library import looks, use_compiled
 from megactl.engine.ops.reference import random as reference
 from megactl.errors import ConfigError, Problem
@@ -91,7 +92,7 @@ def dropout_add(
         return x if residual is None else residual + x
     _check_dropout(x, rng, outer_offset, outer_size)
     arguments = (x.contiguous(), None if residual is None else residual.contiguous(), p, rng, site, outer_offset, outer_size or 0)
-    return torch.ops.megactl.dropout_add(*arguments) if use_compiled() else reference.dropout_add(*arguments)
+    return compiled("dropout_add", *arguments) if use_compiled() else reference.dropout_add(*arguments)
 
 
 def _check_dropout(x: Tensor, rng: Tensor, outer_offset: int, outer_size: int | None) -> None:
@@ -122,7 +123,7 @@ def register() -> None:
     torch.library.register_fake("megactl::dropout_add", lambda x, *rest: torch.empty_like(x))
     for name in ("philox_bits_", "normal_"):
         torch.library.register_fake(f"megactl::{name}", lambda *arguments: None)
-    torch.library.register_autograd("megactl::dropout_add", _dropout_backward, setup_context=_dropout_context)
+    differentiable("dropout_add", _dropout_backward, _dropout_context)
 
 
 def _dropout_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -136,5 +137,5 @@ def _dropout_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None
     grad_x = None
     if ctx.needs_input_grad[0]:
         # The gradient is dropped and scaled as the input was: the same operator, without a residual.
-        grad_x = torch.ops.megactl.dropout_add(grad.contiguous(), None, ctx.p, rng, ctx.site, ctx.outer_offset, ctx.outer_size)
+        grad_x = compiled("dropout_add", grad.contiguous(), None, ctx.p, rng, ctx.site, ctx.outer_offset, ctx.outer_size)
     return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None

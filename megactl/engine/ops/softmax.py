@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megactl.engine.ops.calls import compiled, differentiable
 from megactl.engine.ops.library import looks, use_compiled
 from megactl.engine.ops.reference import softmax as reference
 
@@ -25,7 +26,7 @@ def masked_softmax(scores: Tensor, *, scale: float, mask: Tensor | None = None, 
     """
     _check(scores, scale, "scores")
     arguments = (scores.contiguous(), _as_rows(mask, scores), float(scale), causal)
-    return torch.ops.megactl.masked_softmax(*arguments) if use_compiled() else reference.masked_softmax(*arguments)
+    return compiled("masked_softmax", *arguments) if use_compiled() else reference.masked_softmax(*arguments)
 
 
 @torch.no_grad()
@@ -38,8 +39,7 @@ def masked_softmax_backward(grad: Tensor, y: Tensor, *, scale: float, mask: Tens
     if grad.shape != y.shape or grad.dtype != y.dtype or grad.device != y.device:
         raise ValueError(f"grad is {looks(grad)}, y is {looks(y)}: grad must have the shape, dtype and device of y")
     arguments = (grad.contiguous(), y.contiguous(), _as_rows(mask, y), float(scale), causal)
-    function = torch.ops.megactl.masked_softmax_backward if use_compiled() else reference.masked_softmax_backward
-    return function(*arguments)
+    return compiled("masked_softmax_backward", *arguments) if use_compiled() else reference.masked_softmax_backward(*arguments)
 
 
 def _as_rows(mask: Tensor | None, scores: Tensor) -> Tensor | None:
@@ -69,8 +69,8 @@ def register() -> None:
     """Tell torch what shapes the operators give, and masked_softmax's backward."""
     torch.library.register_fake("megactl::masked_softmax", lambda scores, mask, scale, causal: torch.empty_like(scores))
     torch.library.register_fake("megactl::masked_softmax_backward", lambda grad, y, mask, scale, causal: torch.empty_like(y))
-    torch.library.register_autograd("megactl::masked_softmax", _backward, setup_context=_context)
-    torch.library.register_autograd("megactl::masked_softmax_backward", _no_second_derivative)
+    differentiable("masked_softmax", _backward, _context)
+    differentiable("masked_softmax_backward", _no_second_derivative)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -80,7 +80,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     y, mask = ctx.saved_tensors
-    return torch.ops.megactl.masked_softmax_backward(grad.contiguous(), y, mask, ctx.scale, ctx.causal), None, None, None
+    return compiled("masked_softmax_backward", grad.contiguous(), y, mask, ctx.scale, ctx.causal), None, None, None
 
 
 def _no_second_derivative(ctx: Any, grad: Tensor) -> None:

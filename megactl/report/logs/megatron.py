@@ -51,6 +51,7 @@ class Megatron(Parser):
             for name, value in shell_settings(text):
                 self.open.set(name, value, TRACE)
         if kinds & Kind.VOCABULARY and (match := _VOCABULARY.search(text)):
+            self.open.set("vocab_size", match[1], DUMP)
             self.open.set("padded_vocab_size", match[2], DUMP)
         if kinds & Kind.SUMMARY and (match := _EFFECTIVE.search(text)):
             self._effective = [self._effective[0] + float(match[1]), self._effective[1] + 1]

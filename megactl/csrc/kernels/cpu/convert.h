@@ -54,11 +54,11 @@ MEGACTL_AVX512 __m512 wide(const BFloat16*, __m256i bits) {
 }
 MEGACTL_AVX512 __m256i cut(const Float16*, __m512 x) { return _mm512_maskz_cvtps_ph(kAllLanes, x, _MM_FROUND_TO_NEAREST_INT); }
 MEGACTL_AVX512 __m256i cut(const BFloat16*, __m512 x) {
-    const __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_maskz_srli_epi32(kAllLanes, bits, 16), _mm512_set1_epi32(1));
-    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+    const __m512i bits = _mm512_castps_si512(x), half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16)), number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    const __m512i sum = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_maskz_srli_epi32(kAllLanes, sum, 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_maskz_cvtepi32_epi16(kAllLanes, _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+    return _mm512_mask_cvtepi32_epi16(_mm256_set1_epi16(0x7fc0), number, rounded);
 }
 
 template <typename T>

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/chunks.h"
 #include "kernels/cpu/clones.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/dtype.h"
@@ -11,15 +12,14 @@ namespace megactl::cpu {
 
 constexpr int kLogits = 512;  // a power of two: blocks are reduced by halving, which vectorises and keeps rounding errors small
 
-// A block in the type of the arithmetic. A loop over one width of element vectorises better than one over two.
+// The next kLogits logits in the type of the arithmetic: themselves, or a copy in `room`; behind the last of them minus infinity.
 template <typename T, typename C>
-MEGACTL_INLINE void load_logits(const T* logits, int64_t count, C* block) {
-    if (count >= kLogits) {
-        for (int i = 0; i < kLogits; ++i) block[i] = load(logits[i]);
-    } else {
-        for (int i = 0; i < count; ++i) block[i] = load(logits[i]);
-        for (int64_t i = count; i < kLogits; ++i) block[i] = static_cast<C>(-__builtin_inf());
-    }
+MEGACTL_INLINE const C* logits_block(const T* logits, int64_t count, C* room) {
+    if (count >= kLogits) return widened(kLogits, logits, room);
+    const C* const found = widened(count, logits, room);
+    for (int64_t i = 0; i < count; ++i) room[i] = found[i];
+    for (int64_t i = count; i < kLogits; ++i) room[i] = static_cast<C>(-__builtin_inf());
+    return room;
 }
 
 template <typename C>
@@ -43,14 +43,14 @@ MEGACTL_INLINE C block_sum(C* block) {
 template <typename T>
 MEGACTL_INLINE void softmax_sum_row(const T* logits, int64_t n, SoftmaxSum<typename Compute<T>::type>* out) {
     using C = typename Compute<T>::type;
-    alignas(64) C block[kLogits];
+    alignas(64) C room[kLogits], block[kLogits];
     // Blocks are added up in double: one addition for each 512 logits.
     SoftmaxSum<double> sum;
     for (int64_t begin = 0; begin < n; begin += kLogits) {
-        load_logits(logits + begin, n - begin, block);
-        sum.raise(static_cast<double>(block_maximum(block)));
+        const C* const from = logits_block(logits + begin, n - begin, room);
+        sum.raise(static_cast<double>(block_maximum(from)));
         const C shift = finite_top(static_cast<C>(sum.top));
-        for (int i = 0; i < kLogits; ++i) block[i] = exp_from_top(block[i], shift);
+        for (int i = 0; i < kLogits; ++i) block[i] = exp_from_top(from[i], shift);
         sum.total += static_cast<double>(block_sum(block));
     }
     out->top = static_cast<C>(sum.top);
@@ -60,16 +60,14 @@ MEGACTL_INLINE void softmax_sum_row(const T* logits, int64_t n, SoftmaxSum<typen
 // out = exp(logits - top) * factor; `out` may be `logits`.
 template <typename T, typename C>
 MEGACTL_INLINE void softmax_gradient_row(const T* logits, int64_t n, C top, C factor, T* out) {
-    alignas(64) C block[kLogits];
+    alignas(64) C rooms[2][kLogits];
     for (int64_t begin = 0; begin < n; begin += kLogits) {
-        load_logits(logits + begin, n - begin, block);
-        for (int i = 0; i < kLogits; ++i) block[i] = exp_from_top(block[i], top) * factor;
-        T* const to = out + begin;
-        if (n - begin >= kLogits) {
-            for (int i = 0; i < kLogits; ++i) to[i] = Store<T>::from(block[i]);
-        } else {
-            for (int i = 0; i < n - begin; ++i) to[i] = Store<T>::from(block[i]);
-        }
+        const int64_t count = n - begin < kLogits ? n - begin : kLogits;
+        const C* const from = widened(count, logits + begin, rooms[0]);
+        C* const to = unrounded(out + begin, rooms[1]);
+#pragma GCC ivdep
+        for (int64_t i = 0; i < count; ++i) to[i] = exp_from_top(from[i], top) * factor;
+        rounded(count, to, out + begin);
     }
 }
 

@@ -15,10 +15,10 @@
 namespace megactl::cpu {
 
 // A vector that fills the widest registers; on narrower ones the compiler takes several.
-template <typename C>
+template <typename C, int kBytes = 64>
 struct Vector {
-    typedef C type __attribute__((vector_size(64)));
-    static constexpr int64_t kLanes = 64 / sizeof(C);
+    typedef C type __attribute__((vector_size(kBytes)));
+    static constexpr int64_t kLanes = kBytes / sizeof(C);
 };
 
 // Vectors are passed between inlined functions only, where the ABI that this warns about does not matter.
@@ -28,46 +28,77 @@ struct Vector {
 // Elements summed in the type of the arithmetic; beyond, in double. So the error of a sum does not grow with the row.
 constexpr int64_t kSumRun = 8192;
 
+// The sum of a vector's elements, by halves.
+template <typename C, int kBytes = 64>
+MEGACTL_INLINE C lane_sum(typename Vector<C, kBytes>::type v) {
+    if constexpr (kBytes == 2 * sizeof(C)) {
+        return v[0] + v[1];
+    } else {
+        // Vectors of their own: an array of partial sums would be stored and read again at every step.
+        typename Vector<C, kBytes / 2>::type low, high;
+        __builtin_memcpy(&low, &v, sizeof low);
+        __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+        return lane_sum<C, kBytes / 2>(low + high);
+    }
+}
+
+// Where a row is read: a vector of it, or one element. `fetch` asks for what is needed later, to be read or (kWrite) written: a row
+// is worked on from the first-level cache, and meanwhile the memory would have nothing to do.
+template <typename C>
+struct VectorAt {
+    int64_t first;
+
+    MEGACTL_INLINE typename Vector<C>::type operator()(const C* p) const {
+        typename Vector<C>::type loaded;
+        __builtin_memcpy(&loaded, p + first, sizeof loaded);
+        return loaded;
+    }
+    template <bool kWrite, typename T>
+    MEGACTL_INLINE void fetch(const T* p) const {
+        __builtin_prefetch(p + first, kWrite, 3);
+    }
+};
+
+template <typename C>
+struct ElementAt {
+    int64_t first;
+
+    MEGACTL_INLINE C operator()(const C* p) const { return p[first]; }
+    template <bool kWrite, typename T>
+    MEGACTL_INLINE void fetch(const T*) const {}
+};
+
 // sums[k] = sum over i < n of the k-th value that term(at, values) sets, where at(p) is p[i], or a vector of such elements. Written with
-// vectors because compilers keep an array of partial sums in memory as often as not. The order of summation depends on n alone.
-template <typename C, int K, typename Term>
+// vectors because compilers keep an array of partial sums in memory as often as not. The order of summation depends on n and kVectors
+// alone; K * kVectors additions should be under way at a time, 4 to hide their latency and at most 8 for AVX2's 16 registers.
+template <int kVectors, int K, typename C, typename Term>
 MEGACTL_INLINE void row_sums(int64_t n, C (&sums)[K], const Term& term) {
     using V = typename Vector<C>::type;
     constexpr int64_t kLanes = Vector<C>::kLanes;
-    constexpr int kVectors = K == 1 ? 4 : 2;  // enough to hide the latency of additions, few enough for 16 registers of AVX2
     double totals[K] = {};
     for (int64_t begin = 0; begin < n; begin += kSumRun) {
         const int64_t end = n - begin < kSumRun ? n : begin + kSumRun;
         V lanes[kVectors][K] = {};
         int64_t i = begin;
         for (; i + kVectors * kLanes <= end; i += kVectors * kLanes) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v) {
                 V values[K];
-                const int64_t first = i + v * kLanes;
-                term([first](const C* p) __attribute__((always_inline)) {
-                    V loaded;
-                    __builtin_memcpy(&loaded, p + first, sizeof loaded);
-                    return loaded;
-                }, values);
-#pragma GCC unroll 3
+                term(VectorAt<C>{i + v * kLanes}, values);
+#pragma GCC unroll 6
                 for (int k = 0; k < K; ++k) lanes[v][k] += values[k];
             }
         }
         C rest[K] = {};
         for (; i < end; ++i) {
             C values[K];
-            term([i](const C* p) __attribute__((always_inline)) { return p[i]; }, values);
+            term(ElementAt<C>{i}, values);
             for (int k = 0; k < K; ++k) rest[k] += values[k];
         }
+#pragma GCC unroll 6
         for (int k = 0; k < K; ++k) {
             for (int v = 1; v < kVectors; ++v) lanes[0][k] += lanes[v][k];
-            C pieces[kLanes];
-            __builtin_memcpy(pieces, &lanes[0][k], sizeof pieces);
-            for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-                for (int64_t l = 0; l < half; ++l) pieces[l] += pieces[l + half];
-            }
-            totals[k] += static_cast<double>(pieces[0] + rest[k]);
+            totals[k] += static_cast<double>(lane_sum<C>(lanes[0][k]) + rest[k]);
         }
     }
     for (int k = 0; k < K; ++k) sums[k] = static_cast<C>(totals[k]);
@@ -99,8 +130,12 @@ MEGACTL_INLINE void narrowed(const C* from, int64_t n, T* row) {
     if constexpr (!std::is_same_v<T, C>) narrow(from, n, row);
 }
 
-// Rows of scratch: three for each of the rows that a backward pass works on together.
-constexpr int64_t kScratchRows = 12;
+// Rows that are worked on together: the time between the last addition to a sum and its first use is as long as a third of a row, the
+// sums over rows are loaded and stored half as often, and two rows with all that belongs to them still lie in the first-level cache.
+constexpr int kPair = 2;
+
+// Rows of scratch: two for each of those.
+constexpr int64_t kScratchRows = 2 * kPair;
 
 template <typename C>
 struct NormRows {
@@ -108,53 +143,105 @@ struct NormRows {
     const C *weight, *bias;  // bias is null for RMSNorm
     C epsilon;
     C *mean, *rstd;  // [rows]; mean is null for RMSNorm
-    C* scratch;      // [kScratchRows, columns], unused where the element type is C
+    C* scratch;      // [kScratchRows, columns], on a boundary of 64 bytes; unused where the element type is C
 };
 
 // sum = x + residual, rounded to T; returns it in the type of the arithmetic.
 template <typename T, typename C>
 MEGACTL_INLINE const C* added(const T* x, const T* residual, int64_t n, T* sum, C* scratch) {
-    const C *__restrict const xs = widened(x, n, scratch), *__restrict const rs = widened(residual, n, scratch + n);
-    C* __restrict const total = unnarrowed(sum, scratch + 2 * n);
+    const C *const xs = widened(x, n, scratch), *const rs = widened(residual, n, scratch + n);
+    C* const total = unnarrowed(sum, scratch);
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) total[i] = xs[i] + rs[i];
     narrowed(total, n, sum);
     return widened(sum, n, scratch);
 }
 
-// y = norm(s) with s = x, or x + residual rounded to T, which goes to `sum`.
-template <typename T, typename C = typename Compute<T>::type>
-MEGACTL_INLINE void norm_forward_rows(const NormRows<C>& a, const T* x, const T* residual, T* sum, T* y) {
+// A row of the forward pass: what is normalised, and where the result goes before it is narrowed.
+template <typename C>
+struct ForwardRow {
+    const C* x;
+    C* to;
+    RowNorm<C> norm;
+};
+
+// The statistics of kRows rows. ahead(at) fetches what comes next.
+template <bool kRms, int kRows, typename C, typename Ahead>
+MEGACTL_INLINE void row_statistics(const NormRows<C>& a, int64_t row, ForwardRow<C>* rows, const Ahead& ahead) {
     const int64_t n = a.columns;
-    const C *__restrict const weight = a.weight, *__restrict const bias = a.bias;
-    for (int64_t row = 0; row < a.rows; ++row, x += n, y += n) {
-        const C* __restrict const s = residual ? added(x, residual, n, sum, a.scratch) : widened(x, n, a.scratch);
-        if (residual) residual += n, sum += n;
-        C* __restrict const to = unnarrowed(y, a.scratch + n);
-        C sums[2];
-        if (bias) {
-            C total[1];
-            row_sums(n, total, [&](auto at, auto* v) __attribute__((always_inline)) { v[0] = at(s); });
-            const C mean = total[0] / static_cast<C>(n);
-            row_sums(n, sums, [&](auto at, auto* v) __attribute__((always_inline)) {
-                const auto d = at(s) - mean;
-                v[0] = d, v[1] = d * d;
-            });
-            const RowNorm<C> norm = row_norm(mean, sums[0], sums[1], C(1) / static_cast<C>(n), a.epsilon);
-            for (int64_t i = 0; i < n; ++i) to[i] = multiply_add(norm(s[i]), weight[i], bias[i]);
-            a.mean[row] = mean, a.rstd[row] = norm.rstd;
-        } else {
-            C total[1];
-            row_sums(n, total, [&](auto at, auto* v) __attribute__((always_inline)) { v[0] = at(s) * at(s); });
-            const C rstd = inverse_root(total[0] / static_cast<C>(n) + a.epsilon);
-            for (int64_t i = 0; i < n; ++i) to[i] = s[i] * rstd * weight[i];
-            a.rstd[row] = rstd;
+    const C share = C(1) / static_cast<C>(n);
+    const C* x[kRows];
+    for (int r = 0; r < kRows; ++r) x[r] = rows[r].x;
+    if constexpr (kRms) {
+        C sums[kRows];
+        row_sums<2>(n, sums, [&](auto at, auto* v) __attribute__((always_inline)) {
+            for (int r = 0; r < kRows; ++r) v[r] = at(x[r]) * at(x[r]);
+            ahead(at);
+        });
+        for (int r = 0; r < kRows; ++r) {
+            rows[r].norm = {C(0), inverse_root(sums[r] / static_cast<C>(n) + a.epsilon), C(0)};
+            a.rstd[row + r] = rows[r].norm.rstd;
         }
-        narrowed(to, n, y);
+    } else {
+        C sums[kRows], mean[kRows], deviations[2 * kRows];
+        row_sums<2>(n, sums, [&](auto at, auto* v) __attribute__((always_inline)) {
+            for (int r = 0; r < kRows; ++r) v[r] = at(x[r]);
+        });
+        for (int r = 0; r < kRows; ++r) mean[r] = sums[r] / static_cast<C>(n);
+        row_sums<1>(n, deviations, [&](auto at, auto* v) __attribute__((always_inline)) {
+            for (int r = 0; r < kRows; ++r) {
+                const auto d = at(x[r]) - mean[r];
+                v[2 * r] = d, v[2 * r + 1] = d * d;
+            }
+            ahead(at);
+        });
+        for (int r = 0; r < kRows; ++r) {
+            rows[r].norm = row_norm(mean[r], deviations[2 * r], deviations[2 * r + 1], share, a.epsilon);
+            a.mean[row + r] = mean[r], a.rstd[row + r] = rows[r].norm.rstd;
+        }
     }
 }
 
-// Rows whose second pass is made together, so that the sums over rows are loaded and stored once for all of them.
-constexpr int kTogether = kScratchRows / 3;
+// y = norm(s) of rows [row, row + kRows) with s = x, or x + residual rounded to T, which goes to `sum`.
+template <bool kRms, int kRows, typename T, typename C>
+MEGACTL_INLINE void norm_forward_together(const NormRows<C>& a, int64_t row, const T* x, const T* residual, T* sum, T* y) {
+    const int64_t n = a.columns, here = row * n, next = row + 2 * kRows <= a.rows ? here + kRows * n : here;
+    ForwardRow<C> rows[kRows];
+    for (int r = 0; r < kRows; ++r) {
+        const int64_t at = here + r * n;
+        C* const scratch = a.scratch + 2 * r * n;
+        rows[r].x = residual ? added(x + at, residual + at, n, sum + at, scratch) : widened(x + at, n, scratch);
+        rows[r].to = unnarrowed(y + at, scratch);
+    }
+    row_statistics<kRms, kRows>(a, row, rows, [&](auto at) __attribute__((always_inline)) {
+        for (int r = 0; r < kRows; ++r) {
+            at.template fetch<true>(y + here + r * n);
+            at.template fetch<false>(x + next + r * n);
+            if (residual) at.template fetch<false>(residual + next + r * n);
+        }
+    });
+    const C *const weight = a.weight, *const bias = a.bias;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+        // All rows are read before one is written: to the processor, addresses that differ by a multiple of 4 KiB look alike.
+        C results[kRows];
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; ++r) {
+            const C s = rows[r].x[i];
+            results[r] = kRms ? s * rows[r].norm.rstd * weight[i] : multiply_add(rows[r].norm(s), weight[i], bias[i]);
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; ++r) rows[r].to[i] = results[r];
+    }
+    for (int r = 0; r < kRows; ++r) narrowed(rows[r].to, n, y + here + r * n);
+}
+
+template <bool kRms, typename T, typename C = typename Compute<T>::type>
+MEGACTL_INLINE void norm_forward_rows(const NormRows<C>& a, const T* x, const T* residual, T* sum, T* y) {
+    int64_t row = 0;
+    for (; row + kPair <= a.rows; row += kPair) norm_forward_together<kRms, kPair>(a, row, x, residual, sum, y);
+    for (; row < a.rows; ++row) norm_forward_together<kRms, 1>(a, row, x, residual, sum, y);
+}
 
 // A row between the two passes of its backward.
 template <typename C>
@@ -165,24 +252,36 @@ struct BackwardRow {
     RowGradient<C> gradient;
 };
 
-// The first pass: the sums over the row.
-template <bool kRms, typename C>
-MEGACTL_INLINE void start_backward(const NormRows<C>& a, int64_t row, BackwardRow<C>& b) {
+// The first pass over kRows rows: the sums over each of them. ahead(at) fetches what comes next.
+template <bool kRms, int kRows, typename C, typename Ahead>
+MEGACTL_INLINE void start_backward(const NormRows<C>& a, int64_t row, BackwardRow<C>* rows, const Ahead& ahead) {
+    constexpr int kSums = kRms ? 1 : 3;
     const int64_t n = a.columns;
-    const C *const g = b.grad, *const s = b.x, *const weight = a.weight;
-    const C rstd = a.rstd[row], mean = kRms ? C(0) : a.mean[row];
-    b.norm = {mean, rstd, C(0)};
-    if constexpr (kRms) {
-        C sums[1];
-        row_sums(n, sums, [&](auto at, auto* v) __attribute__((always_inline)) { v[0] = at(g) * at(weight) * at(s); });
-        b.gradient = {rstd, C(0), rstd * sums[0] / static_cast<C>(n)};
-    } else {
-        C sums[3];
-        row_sums(n, sums, [&](auto at, auto* v) __attribute__((always_inline)) {
-            const auto g_w = at(g) * at(weight), d = at(s) - mean;
-            v[0] = g_w, v[1] = g_w * d, v[2] = d;
-        });
-        b.gradient = row_gradient(rstd, sums[0], sums[1], sums[2], C(1) / static_cast<C>(n), b.norm.offset);
+    const C share = C(1) / static_cast<C>(n), *const weight = a.weight;
+    const C *grad[kRows], *x[kRows];
+    C mean[kRows], sums[kSums * kRows];
+    for (int r = 0; r < kRows; ++r) grad[r] = rows[r].grad, x[r] = rows[r].x, mean[r] = kRms ? C(0) : a.mean[row + r];
+    row_sums<1>(n, sums, [&](auto at, auto* v) __attribute__((always_inline)) {
+        const auto w = at(weight);
+        for (int r = 0; r < kRows; ++r, v += kSums) {
+            const auto g_w = at(grad[r]) * w;
+            if constexpr (kRms) {
+                v[0] = g_w * at(x[r]);
+            } else {
+                const auto d = at(x[r]) - mean[r];
+                v[0] = g_w, v[1] = g_w * d, v[2] = d;
+            }
+        }
+        ahead(at);
+    });
+    for (int r = 0; r < kRows; ++r) {
+        const C rstd = a.rstd[row + r], *const s = sums + kSums * r;
+        rows[r].norm = {mean[r], rstd, C(0)};
+        if constexpr (kRms) {
+            rows[r].gradient = {rstd, C(0), rstd * s[0] * share};
+        } else {
+            rows[r].gradient = row_gradient(rstd, s[0], s[1], s[2], share, rows[r].norm.offset);
+        }
     }
 }
 
@@ -193,16 +292,48 @@ MEGACTL_INLINE void finish_backward(int64_t n, const C* weight, const BackwardRo
     for (int r = 0; r < kRows; ++r) rows[r] = from[r];
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-        C sum_weight = grad_weight[i], sum_bias = kRms ? C(0) : grad_bias[i];
-#pragma GCC unroll 4
+        C sum_weight = grad_weight[i], sum_bias = kRms ? C(0) : grad_bias[i], results[kRows];
+#pragma GCC unroll 2
         for (int r = 0; r < kRows; ++r) {
             const C g = rows[r].grad[i], x = rows[r].x[i], z = kRms ? x * rows[r].norm.rstd : rows[r].norm(x);
-            rows[r].to[i] = rows[r].gradient(g * weight[i], z);
+            results[r] = rows[r].gradient(g * weight[i], z);
             sum_weight += g * z;
             sum_bias += g;
         }
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; ++r) rows[r].to[i] = results[r];
         grad_weight[i] = sum_weight;
         if constexpr (!kRms) grad_bias[i] = sum_bias;
+    }
+}
+
+// Both passes over rows [row, row + kRows).
+template <bool kRms, int kRows, typename T, typename C>
+MEGACTL_INLINE void norm_backward_together(const NormRows<C>& a, int64_t row, const T* grad_y, const T* x, const T* grad_sum, T* grad_x,
+                                           C* grad_weight, C* grad_bias) {
+    const int64_t n = a.columns, here = row * n, next = row + 2 * kRows <= a.rows ? here + kRows * n : here;
+    BackwardRow<C> rows[kRows];
+    for (int r = 0; r < kRows; ++r) {
+        const int64_t at = here + r * n;
+        C* const scratch = a.scratch + 2 * r * n;
+        rows[r] = {widened(grad_y + at, n, scratch), widened(x + at, n, scratch + n), unnarrowed(grad_x + at, scratch), {}, {}};
+    }
+    start_backward<kRms, kRows>(a, row, rows, [&](auto at) __attribute__((always_inline)) {
+        for (int r = 0; r < kRows; ++r) {
+            at.template fetch<true>(grad_x + here + r * n);
+            at.template fetch<false>(grad_y + next + r * n);
+            at.template fetch<false>(x + next + r * n);
+        }
+    });
+    finish_backward<kRms, kRows>(n, a.weight, rows, grad_weight, grad_bias);
+    for (int r = 0; r < kRows; ++r) {
+        const int64_t at = here + r * n;
+        C* const __restrict to = rows[r].to;
+        if (grad_sum) {
+            const C* const __restrict add = widened(grad_sum + at, n, a.scratch + (2 * r + 1) * n);
+            for (int64_t i = 0; i < n; ++i) to[i] += add[i];
+        }
+        narrowed(to, n, grad_x + at);
     }
 }
 
@@ -210,36 +341,15 @@ MEGACTL_INLINE void finish_backward(int64_t n, const C* weight, const BackwardRo
 template <bool kRms, typename T, typename C = typename Compute<T>::type>
 MEGACTL_INLINE void norm_backward_rows(const NormRows<C>& a, const T* grad_y, const T* x, const T* grad_sum, T* grad_x, C* grad_weight,
                                        C* grad_bias) {
-    const int64_t n = a.columns;
-    for (int64_t i = 0; i < n; ++i) grad_weight[i] = C(0);
+    for (int64_t i = 0; i < a.columns; ++i) grad_weight[i] = C(0);
     if constexpr (!kRms) {
-        for (int64_t i = 0; i < n; ++i) grad_bias[i] = C(0);
+        for (int64_t i = 0; i < a.columns; ++i) grad_bias[i] = C(0);
     }
-    for (int64_t row = 0; row < a.rows; row += kTogether) {
-        const int64_t left = a.rows - row, together = left < kTogether ? left : kTogether;
-        BackwardRow<C> rows[kTogether];
-        for (int64_t r = 0; r < together; ++r) {
-            const int64_t at = (row + r) * n;
-            C* const scratch = a.scratch + 3 * r * n;
-            rows[r].grad = widened(grad_y + at, n, scratch), rows[r].x = widened(x + at, n, scratch + n);
-            rows[r].to = unnarrowed(grad_x + at, scratch + 2 * n);
-            start_backward<kRms>(a, row + r, rows[r]);
-        }
-        if (together == kTogether) {
-            finish_backward<kRms, kTogether>(n, a.weight, rows, grad_weight, grad_bias);
-        } else {
-            for (int64_t r = 0; r < together; ++r) finish_backward<kRms, 1>(n, a.weight, rows + r, grad_weight, grad_bias);
-        }
-        for (int64_t r = 0; r < together; ++r) {
-            const int64_t at = (row + r) * n;
-            C* const __restrict to = rows[r].to;
-            if (grad_sum) {
-                const C* const __restrict add = widened(grad_sum + at, n, a.scratch + 3 * r * n);
-                for (int64_t i = 0; i < n; ++i) to[i] += add[i];
-            }
-            narrowed(to, n, grad_x + at);
-        }
+    int64_t row = 0;
+    for (; row + kPair <= a.rows; row += kPair) {
+        norm_backward_together<kRms, kPair>(a, row, grad_y, x, grad_sum, grad_x, grad_weight, grad_bias);
     }
+    for (; row < a.rows; ++row) norm_backward_together<kRms, 1>(a, row, grad_y, x, grad_sum, grad_x, grad_weight, grad_bias);
 }
 
 // out[i] = sum over runs of partial[run][i], for columns [first, end) of `columns`.
@@ -258,7 +368,11 @@ MEGACTL_INLINE void sum_runs_of(int64_t runs, int64_t columns, int64_t first, in
 
 #define MEGACTL_NORM_KERNELS(T)                                                                                                   \
     MEGACTL_CLONES static void norm_forward(const NormRows<Compute<T>::type>& a, const T* x, const T* residual, T* sum, T* y) {    \
-        norm_forward_rows(a, x, residual, sum, y);                                                                                \
+        if (a.bias) {                                                                                                             \
+            norm_forward_rows<false>(a, x, residual, sum, y);                                                                     \
+        } else {                                                                                                                  \
+            norm_forward_rows<true>(a, x, residual, sum, y);                                                                      \
+        }                                                                                                                         \
     }                                                                                                                             \
     MEGACTL_CLONES static void norm_backward(const NormRows<Compute<T>::type>& a, const T* grad_y, const T* x, const T* grad_sum,  \
                                              T* grad_x, Compute<T>::type* grad_weight, Compute<T>::type* grad_bias) {             \

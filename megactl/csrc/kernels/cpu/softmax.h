@@ -95,7 +95,7 @@ MEGACTL_INLINE void softmax_run(int64_t n, int64_t visible, const uint8_t* __res
     }
     const C top = Lanes<C>::max(visible, values);
     C* const e = unrounded(y, room);
-    for (int64_t i = 0; i < visible; ++i) e[i] = power_of_two((values[i] - top) * factor);
+    for (int64_t i = 0; i < visible; ++i) e[i] = power_of_two_up_to_1((values[i] - top) * factor);
     if (mask) {
         // -infinity is not 0 yet where the factor is 0, nor where all scores are -infinity.
         for (int64_t i = 0; i < visible; ++i) e[i] = mask[i] ? e[i] : C(0);

@@ -4,11 +4,9 @@
 // each other, threadIdx.y. A thread holds every blockDim.x-th pack of N elements, so that a warp reads consecutive packs.
 #pragma once
 
-#include <cstring>
-#include <type_traits>
-
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/norm.h"
+#include "kernels/cuda/packs.cuh"
 #include "kernels/norm.h"
 
 namespace megactl::cuda {
@@ -49,59 +47,6 @@ __device__ __forceinline__ void row_sums(C (&v)[K], WarpSums<K, C>& shared) {
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) v[k] = __shfl_sync(0xffffffffu, v[k], 0);
-}
-
-// N elements of a row as they lie in memory. 16-bit ones stay in pairs, a pair in a register: taken apart, each would have a register of
-// its own, and joining them for a store would cost more instructions than the arithmetic.
-template <typename T, int N, bool kPairs = sizeof(T) == 2 && N % 2 == 0>
-struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) RowPack {
-    T v[N];
-};
-template <typename T, int N>
-struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) RowPack<T, N, true> {
-    uint32_t pair[N / 2];
-};
-
-// The elements in the type of the arithmetic.
-template <typename T, int N, typename C>
-__device__ __forceinline__ void widen(const RowPack<T, N>& pack, C (&to)[N]) {
-    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
-#pragma unroll
-        for (int w = 0; w < N / 2; ++w) {
-            if constexpr (std::is_same_v<T, __half>) {
-                __half2 two;
-                memcpy(&two, &pack.pair[w], sizeof two);
-                to[2 * w] = __low2float(two), to[2 * w + 1] = __high2float(two);
-            } else {
-                to[2 * w] = __uint_as_float(pack.pair[w] << 16), to[2 * w + 1] = __uint_as_float(pack.pair[w] & 0xffff0000u);
-            }
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < N; ++j) to[j] = load(pack.v[j]);
-    }
-}
-
-// Rounded to T.
-template <typename T, int N, typename C>
-__device__ __forceinline__ RowPack<T, N> narrow(const C (&from)[N]) {
-    RowPack<T, N> pack;
-    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
-#pragma unroll
-        for (int w = 0; w < N / 2; ++w) {
-            if constexpr (std::is_same_v<T, __half>) {
-                const __half2 two = __floats2half2_rn(from[2 * w], from[2 * w + 1]);
-                memcpy(&pack.pair[w], &two, sizeof two);
-            } else {
-                const __nv_bfloat162 two = __floats2bfloat162_rn(from[2 * w], from[2 * w + 1]);
-                memcpy(&pack.pair[w], &two, sizeof two);
-            }
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < N; ++j) pack.v[j] = store<T>(from[j]);
-    }
-    return pack;
 }
 
 // Makes the compiler widen 16-bit elements again where they are used next: to keep them widened between two passes over a row takes

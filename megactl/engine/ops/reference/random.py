@@ -55,6 +55,13 @@ def words(first: Tensor, n: int, seed: Word, stream: int, step: Word) -> Tensor:
     return blocks(first >> 2, n // 4 + 2, seed, stream, step).gather(1, _columns(first, n))
 
 
+def _halves(first: Tensor, n: int, seed: Word, stream: int, step: Word) -> Tensor:
+    """16 bits for each of elements first .. first + n, two a word, the low half first: int64 [rows, n]."""
+    pairs = words(first >> 1, n // 2 + 1, seed, stream, step)
+    halves = torch.stack((pairs & 0xFFFF, pairs >> 16), dim=-1).flatten(1)
+    return halves.gather(1, (first & 1)[:, None] + torch.arange(n, device=first.device))
+
+
 def _log_unit(n: Tensor) -> Tensor:
     """log(n * 2^-32), float64, for int64 n in [1, 2^32]."""
     bits = n.double().view(torch.int64) + (0x3FF0000000000000 - 0x3FE6A09E00000000)
@@ -131,7 +138,8 @@ def dropout_add(x: Tensor, residual: Tensor | None, p: float, rng: Tensor, site:
     inner = x[0, 0].numel() if x.numel() else 0
     sample = rng[2] + torch.arange(batch, device=x.device)
     first = (sample * (outer_size or outer) + outer_offset) * inner
-    keep = words(first, outer * inner, rng[0], site, rng[1]).view(x.shape) >= int(p * 2**32)
+    upper, lower = (_halves(first, outer * inner, rng[0], stream, rng[1]) for stream in (site, site ^ 0x80000000))
+    keep = ((upper << 16) + lower).view(x.shape) >= int(p * 2**32)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.where(keep, x.to(compute) * (1.0 / (1.0 - p)), 0.0)
     return (y if residual is None else residual.to(compute) + y).to(x.dtype)

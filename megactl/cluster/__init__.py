@@ -1,0 +1,1 @@
+"""How a run gets onto a cluster: cluster settings, and the Slurm scripts made from them. No torch; no Slurm command is run here."""
