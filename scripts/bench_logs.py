@@ -61,14 +61,8 @@ def other_line(draw: random.Random) -> str:
     kinds = (
         lambda: f"{host}:{pid}:{pid + 200} [{gpu}] NCCL INFO Channel {gpu:02d} : {gpu}[1a000] -> {gpu + 1}[1c000] via P2P/IPC/read",
         lambda: f"{host}:{pid}:{pid + 200} [{gpu}] NCCL INFO comm 0x{pid:x}{pid:x} rank {gpu} nranks 16 cudaDev {gpu} busId 1a000",
-        lambda: (
-            f"[2026-11-21 10:{pid % 60:02d}:{gpu:02d},{pid % 1000:03d}] [INFO] [utils.py:{pid % 900}:helper] rank {gpu} "
-            f"reduced bucket {pid}"
-        ),
-        lambda: (
-            f" > loading shuffle-idx mapping from /scratch/data/part_{pid}_text_document_train_indexmap_{pid}ns_1024sl_1234s"
-            "_shuffle_idx.npy"
-        ),
+        lambda: f"[2026-11-21 10:{pid % 60:02d}:{gpu:02d},{pid % 1000:03d}] [INFO] [utils.py:{pid % 900}:helper] rank {gpu} bucket {pid}",
+        lambda: f" > loading shuffle-idx mapping from /scratch/data/part_{pid}_text_document_indexmap_{pid}ns_1024sl_1234s_shuffle_idx.npy",
         lambda: (
             f"[default{gpu}]:/usr/lib/python3/site-packages/torch/nn/functional.py:{pid}: UserWarning: this call is slower than it could be"
         ),

@@ -107,13 +107,12 @@ class ReprBlock:
     """Collects `TrainingArguments(name=value, ...)` over one or many lines."""
 
     def __init__(self) -> None:
-        self._text = ""
+        self._text: str | None = None
 
     def add(self, line: str) -> list[tuple[str, str]] | None:
         """(name, value) of every argument once the closing bracket is there, else None. A repr of more than 64 KiB is given up: []."""
         line = unprefixed(line)
-        start = line.find("TrainingArguments(") + len("TrainingArguments(") if not self._text else 0
-        self._text += line[start:]
+        self._text = line.partition("TrainingArguments(")[2] if self._text is None else self._text + line
         if len(self._text) > _LONGEST_REPR:
             return []
         parts = _top_level(self._text)

@@ -48,18 +48,17 @@ class Assembly:
         self._file = file
         self._runs: list[Run] = []
         self._open = _Open(file, 0, 1)
-        self._held: list[tuple[Kind, int, str]] = []
+        self._held: list[tuple[int, int, str]] = []
 
     def add(self, batch: Batch) -> None:
         """What the scanner found since the last call."""
         columns = _BatchColumns(batch)
-        for line, bits, text in batch.notes:
-            kinds = Kind(bits)
+        for line, kinds, text in batch.notes:
             if kinds & (_STARTS | Kind.REWIND):
                 columns.hand_over(self._open.state.run, line)
                 self._start(kinds, line)
-            if kinds & Kind.EVENT:
-                # An end is judged by the iterations before it.
+            if kinds & (Kind.EVENT | Kind.TRACE):
+                # Both are judged by the iterations before them.
                 columns.hand_over(self._open.state.run, line)
             self._note(kinds, line, text)
         columns.hand_over(self._open.state.run, None)
@@ -72,7 +71,7 @@ class Assembly:
                 run.system = "megactl"
         return self._runs
 
-    def _start(self, kinds: Kind, line: int) -> None:
+    def _start(self, kinds: int, line: int) -> None:
         now = self._open
         again = kinds & _STARTS & now.state.seen
         if not (now.has_rows() or now.state.events.has(*_ENDS) or again & (Kind.ARGUMENTS | Kind.WORLD)):
@@ -87,7 +86,7 @@ class Assembly:
         for note in held:
             self._dispatch(*note)
 
-    def _note(self, kinds: Kind, line: int, text: str) -> None:
+    def _note(self, kinds: int, line: int, text: str) -> None:
         if kinds & Kind.TRACE and (self._open.has_rows() or self._open.state.events.has(*_ENDS)):
             # The shell's trace of the next launch comes before that run says anything itself.
             if len(self._held) < _MOST_HELD:
@@ -95,7 +94,7 @@ class Assembly:
             return
         self._dispatch(kinds, line, text)
 
-    def _dispatch(self, kinds: Kind, line: int, text: str) -> None:
+    def _dispatch(self, kinds: int, line: int, text: str) -> None:
         now = self._open
         now.state.seen |= kinds
         for opener, owner in _OWNERS:
@@ -104,7 +103,7 @@ class Assembly:
         if not kinds & Kind.BLOCK or kinds & ~Kind.BLOCK:
             self._date(text)
         for parser in now.parsers:
-            mine = kinds & parser.kinds | (kinds & Kind.BLOCK if isinstance(parser, now.owner or ()) else Kind(0))
+            mine = kinds & parser.kinds | (kinds & Kind.BLOCK if isinstance(parser, now.owner or ()) else 0)
             if mine:
                 parser.note(mine, line, text)
         if kinds & Kind.EVENT and (kind := classify(unprefixed(text))) is not None:
@@ -133,7 +132,7 @@ class Assembly:
         self._runs.append(run)
 
 
-def _system(run: Run, seen: Kind) -> str:
+def _system(run: Run, seen: int) -> str:
     """Whose run it was, by what only that system prints."""
     if seen & Kind.METRICS_LINE:
         return "megactl"

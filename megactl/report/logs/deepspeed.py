@@ -29,7 +29,7 @@ _SAVE = re.compile(r"Checkpoint Save GB: ([0-9.]+), GB/Sec: ([0-9.]+)")
 class DeepSpeed(Parser):
     """Its lines beside Megatron's or alone."""
 
-    kinds: ClassVar[Kind] = (
+    kinds: ClassVar[int] = (
         Kind.DEEPSPEED
         | Kind.DEEPSPEED_CONFIG
         | Kind.DEEPSPEED_STEP
@@ -46,7 +46,7 @@ class DeepSpeed(Parser):
         self._before: tuple[int, datetime] | None = None
         self._skipped = 0
 
-    def note(self, kinds: Kind, line: int, text: str) -> None:
+    def note(self, kinds: int, line: int, text: str) -> None:
         """Read one line."""
         if kinds & (Kind.DEEPSPEED_CONFIG | Kind.BLOCK):
             self._configuration(kinds, text)
@@ -64,7 +64,7 @@ class DeepSpeed(Parser):
         if kinds & Kind.SUMMARY and (match := _SAVE.search(text)):
             self.run.summary |= {"checkpoint_gb": float(match[1]), "checkpoint_gb_per_s": float(match[2])}
 
-    def _configuration(self, kinds: Kind, text: str) -> None:
+    def _configuration(self, kinds: int, text: str) -> None:
         if kinds & Kind.DEEPSPEED_CONFIG:
             _, json_follows, start = text.partition(" json = {")
             if json_follows:

@@ -10,45 +10,50 @@ LONGEST_TEXT = 400
 # Of each kind: the first ones of the run, and the first ones since the last iteration lines, which say how it ended.
 KEPT = 8
 
-# The first rule that fits decides. Sources: PyTorch, NCCL, Slurm, torchrun, DeepSpeed and Megatron-LM's own messages.
-_RULES: tuple[tuple[str, str], ...] = (
-    ("oom-gpu", r"(CUDA|HIP)( error:)? out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED"),
-    ("oom-host", r"oom[-_]kill|Out Of Memory|[Oo]ut of memory: Kill|OUT_OF_MEMORY|return code = -9\b|exitcode *: -9\b|\(SIGKILL\)"),
-    ("oom-host", r"Cannot allocate memory|DefaultCPUAllocator|Exited with exit code 137\b"),
-    ("time-limit", r"DUE TO TIME LIMIT"),
-    ("node-failure", r"DUE TO NODE FAILURE|NODE FAILURE"),
-    ("cancelled", r"CANCELLED AT|PREEMPTION"),
-    ("hardware", r"ECC error|NVRM: Xid|illegal memory access|[Bb]us error|launch failure|device-side assert"),
-    ("nccl", r"NCCL error|Watchdog caught|DistBackendError|nccl\w*Error|Connection closed by|initializing process group"),
-    ("config", r"error: (unrecognized arguments|argument |the following arguments are required|ambiguous option)|invalid choice: "),
-    (
-        "config",
-        r"Check batch related parameters|are incompatible with|value \S+ and checkpoint ?value|but the current world size is|ConfigError",
-    ),
-    ("nan", r"found (NaN|Inf) in|already at minimum|[Ll]oss is (nan|NaN)"),
-    ("killed-subprocess", r"Killing subprocess|received SIGTERM, exiting"),
-    ("stopped", r"\[exiting program"),
-    ("completed", r"after training is done|Training completed\.|train metrics \*\*\*\*\*|'train_runtime'"),
-    ("no-weights", r"Did not save the model"),
-    ("overflow", r"OVERFLOW!"),
-    ("assertion", r"AssertionError"),
-    ("traceback", r"Traceback \(most recent"),
-    ("crash", r"[A-Za-z]Error: |Exception: |^error: |: error: |ChildFailedError|KeyboardInterrupt|core dumped|terminate called"),
-    ("crash", r"Segmentation fault|received SIGTERM"),
+# The first rule with one of its texts in the line decides, so what says most stands first: "RuntimeError: CUDA out of memory" is no
+# mere crash. A pattern makes a rule stricter. Sources: messages of PyTorch, NCCL, Slurm, torchrun, DeepSpeed and Megatron-LM.
+_RULES: tuple[tuple[str, tuple[str, ...], re.Pattern[str] | None], ...] = (
+    ("oom-gpu", ("CUDA out of memory", "CUDA error: out of memory", "HIP out of memory", "OutOfMemoryError"), None),
+    ("oom-host", ("oom-kill", "oom_kill", "Out Of Memory", "ut of memory: Kill", "OUT_OF_MEMORY"), None),
+    ("oom-host", ("return code = -9", "exitcode: -9", "exitcode  : -9", "Exited with exit code 137"), re.compile(r"(-9|137)\b")),
+    ("oom-host", ("(SIGKILL)", "Cannot allocate memory", "DefaultCPUAllocator"), None),
+    ("time-limit", ("DUE TO TIME LIMIT",), None),
+    ("node-failure", ("NODE FAILURE",), None),
+    ("cancelled", ("CANCELLED AT", "PREEMPTION"), None),
+    ("hardware", ("ECC error", "NVRM: Xid", "illegal memory access", "us error", "launch failure", "device-side assert"), None),
+    ("nccl", ("NCCL error", "Watchdog caught", "DistBackendError", "Connection closed by", "initializing process group"), None),
+    ("nccl", ("ncclSystemError", "ncclInternalError", "ncclRemoteError", "ncclUnhandledCudaError"), None),
+    ("config", ("error: unrecognized arguments", "error: argument ", "error: the following arguments", "error: ambiguous option"), None),
+    ("config", ("Check batch related parameters", "are incompatible with", "but the current world size is", "ConfigError"), None),
+    ("config", ("AnnealingLR", "OptimizerParamScheduler"), re.compile(r"do(es)? not match")),
+    ("nan", ("found NaN in", "found Inf in", "already at minimum"), None),
+    ("killed-subprocess", ("Killing subprocess", "received SIGTERM, exiting"), None),
+    ("stopped", ("[exiting program",), None),
+    ("completed", ("after training is done", "Training completed.", "train metrics *****", "'train_runtime'"), None),
+    ("no-weights", ("Did not save the model",), None),
+    ("overflow", ("OVERFLOW!",), None),
+    ("assertion", ("AssertionError",), None),
+    ("traceback", ("Traceback (most recent",), None),
+    ("crash", ("Error: ", "Exception: ", "ChildFailedError", "KeyboardInterrupt", "core dumped", "terminate called"), None),
+    ("crash", ("Segmentation fault", "received SIGTERM", "error: "), None),
 )
-_PATTERN = re.compile("|".join(f"(?P<rule{index}>{pattern})" for index, (_, pattern) in enumerate(_RULES)))
-# What DeepSpeed and Megatron print of a step that they skip, and lines that only look like errors.
-_HARMLESS = re.compile(r"FutureWarning|DeprecationWarning|UserWarning|^\s*warnings\.warn|NCCL INFO|^\++ |set -o |WARNING:|\bWARN\b")
+# Lines that only look like errors: warnings that quote one, the trace of a shell, what NCCL tells of itself.
+_HARMLESS = ("FutureWarning", "DeprecationWarning", "UserWarning", "warnings.warn", "NCCL INFO", "WARNING:", "[WARNING]", " WARN ")
 
 
-def classify(text: str) -> str | None:
+_TEXTS = tuple((text, kind, pattern) for kind, texts, pattern in _RULES for text in texts)
+
+
+def classify(line: str) -> str | None:
     """The kind of an event line; None where it is not one after all. `assertion` and `traceback` are settled when the run is over."""
-    kinds = [_RULES[int(match.lastgroup[4:])] for match in _PATTERN.finditer(text) if match.lastgroup]
-    if not kinds:
-        return None
-    # A line may hold several: "RuntimeError: CUDA out of memory" says more by its second half.
-    kind = min(kinds, key=_RULES.index)[0]
-    return None if kind in ("crash", "assertion") and _HARMLESS.search(text) else kind
+    for text, kind, pattern in _TEXTS:
+        if text in line and (pattern is None or pattern.search(line)):
+            return None if kind in ("crash", "assertion") and _is_harmless(line) else kind
+    return None
+
+
+def _is_harmless(line: str) -> bool:
+    return line.startswith("+") or any(part in line for part in _HARMLESS)
 
 
 class EventLog:

@@ -12,9 +12,10 @@ from megactl.report.logs.parser import CONFIGURATION, DUMP, OpenRun, Parser
 from megactl.report.logs.records import Evaluation
 
 _BAR = re.compile(
-    r"\s*[0-9]{1,3}%\|[^|]{0,400}\| ([0-9]{1,15})/([0-9]{1,15}) "
-    r"\[(?:([0-9]{1,9}):)?([0-9]{1,2}):([0-9]{2})<[^,\]]{1,40}, +([0-9.]{1,20})(s/it|it/s)"
+    r"\s*[0-9]{1,3}%\|[^|]{0,400}\| ([0-9]{1,15})/([0-9]{1,15}) \[(?:([0-9]{1,9}):)?([0-9]{1,2}):([0-9]{2})<[^,\]]{1,40}, +"
+    r"([0-9.?]{1,20})(s/it|it/s)"
 )
+_DECIMAL = re.compile(r"[0-9]+\.?[0-9]*")
 _PAIR = re.compile(r"'(\w{1,64})': '?(-?[0-9.]{1,30}(?:[eE][+-]?[0-9]{1,4})?|nan|-?inf)'?[,}]")
 _METRIC = re.compile(r"(\w+) += +(\S+)")
 _INFO = re.compile(
@@ -34,7 +35,7 @@ _MOST_EVALUATIONS = 10_000
 class HuggingFace(Parser):
     """Its lines; the times of steps come from the bar's clock, and losses from the dictionaries."""
 
-    kinds: ClassVar[Kind] = Kind.HF_ARGUMENTS | Kind.HF_PROGRESS | Kind.HF_LOG | Kind.HF_METRICS | Kind.HF_INFO | Kind.PARAMETERS
+    kinds: ClassVar[int] = Kind.HF_ARGUMENTS | Kind.HF_PROGRESS | Kind.HF_LOG | Kind.HF_METRICS | Kind.HF_INFO | Kind.PARAMETERS
 
     def __init__(self, open_run: OpenRun) -> None:
         super().__init__(open_run)
@@ -46,7 +47,7 @@ class HuggingFace(Parser):
         self._last_log = ""
         self._in_metrics = False
 
-    def note(self, kinds: Kind, line: int, text: str) -> None:
+    def note(self, kinds: int, line: int, text: str) -> None:
         """Read one line."""
         if kinds & Kind.HF_ARGUMENTS:
             self._repr = ReprBlock()
@@ -112,7 +113,7 @@ class HuggingFace(Parser):
         if steps <= 0 or (seconds < _WINDOW_SECONDS and step != total):
             return
         self._window = (step, elapsed)
-        rate = float(match[6]) if match[6].count(".") <= 1 and match[6].strip(".") else 0.0
+        rate = float(match[6]) if _DECIMAL.fullmatch(match[6]) else 0.0
         shown = rate if match[7] == "s/it" else 1 / rate if rate else math.nan
         self._row(step, line, seconds / steps if seconds >= 2 else shown)
 

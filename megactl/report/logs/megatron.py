@@ -24,7 +24,7 @@ _MOST_EVALUATIONS = 10_000
 class Megatron(Parser):
     """Arguments, degrees, memory, evaluations and parameters."""
 
-    kinds: ClassVar[Kind] = (
+    kinds: ClassVar[int] = (
         Kind.ARGUMENTS | Kind.WORLD | Kind.PARAMETERS | Kind.MEMORY | Kind.EVALUATION | Kind.TRACE | Kind.VOCABULARY | Kind.SUMMARY
     )
 
@@ -33,7 +33,7 @@ class Megatron(Parser):
         self._parameters: dict[str, int] = {}
         self._effective: list[float] = [0.0, 0.0]
 
-    def note(self, kinds: Kind, line: int, text: str) -> None:
+    def note(self, kinds: int, line: int, text: str) -> None:
         """Read one line."""
         if kinds & Kind.BLOCK:
             row = dump_row(text)

@@ -29,9 +29,9 @@ _MOST_EVALUATIONS = 10_000
 class Own(Parser):
     """A line an iteration of metrics.jsonl, and the time of a save."""
 
-    kinds: ClassVar[Kind] = Kind.METRICS_LINE | Kind.CHECKPOINT
+    kinds: ClassVar[int] = Kind.METRICS_LINE | Kind.CHECKPOINT
 
-    def note(self, kinds: Kind, line: int, text: str) -> None:
+    def note(self, kinds: int, line: int, text: str) -> None:
         """Read one line."""
         match = _SAVED.search(text) if kinds & Kind.CHECKPOINT else None
         if match:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from typing import ClassVar
 
-from megactl.report.logs.anchors import Kind
 from megactl.report.logs.events import EventLog
 from megactl.report.logs.records import Columns, Run
 
@@ -19,7 +18,7 @@ class OpenRun:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.events = EventLog()
-        self.seen = Kind(0)
+        self.seen = 0
         self._ranks: dict[str, int] = {}
 
     def set(self, name: str, value: str, rank: int) -> None:
@@ -47,13 +46,13 @@ class OpenRun:
 class Parser:
     """One system's lines. `kinds`: the notes it wants; `rows`: iterations it read itself, used where no iteration lines are there."""
 
-    kinds: ClassVar[Kind] = Kind(0)
+    kinds: ClassVar[int] = 0
 
     def __init__(self, open_run: OpenRun) -> None:
         self.open, self.run = open_run, open_run.run
         self.rows = Columns()
 
-    def note(self, kinds: Kind, line: int, text: str) -> None:
+    def note(self, kinds: int, line: int, text: str) -> None:
         """Read one line. `kinds` has BLOCK where it follows a line of this parser that opened a block."""
         raise NotImplementedError
 

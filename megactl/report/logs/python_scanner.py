@@ -140,13 +140,13 @@ class PythonScanner:
         in_block = self._left > 0
         if not met and not in_block:
             return
-        kinds = Kind(0)
+        kinds = 0
         for anchor in met:
             kinds |= anchor.kinds
         if b"\x1b" in line:
             line = _ESCAPE.sub(b"", line)
         is_rows = in_block and bool(self._block.kinds & Kind.ACROSS_RANKS)
-        self._act(kinds | (Kind.ACROSS_RANKS if is_rows else Kind(0)), line, number, terminated)
+        self._act(kinds | (Kind.ACROSS_RANKS if is_rows else 0), line, number, terminated)
         noted = in_block and not is_rows
         if in_block:
             self._left -= 1
@@ -156,9 +156,9 @@ class PythonScanner:
         if opens is not None:
             self._left, self._block = opens.follow, opens
         if kinds & ~ACTED_ON or noted:
-            self._note(number, kinds | (Kind.BLOCK if noted else Kind(0)), line)
+            self._note(number, kinds | (Kind.BLOCK if noted else 0), line)
 
-    def _act(self, kinds: Kind, line: bytes, number: int, terminated: bool) -> None:
+    def _act(self, kinds: int, line: bytes, number: int, terminated: bool) -> None:
         if kinds & Kind.START:
             self._recent.clear()
             self._last_iteration = -1
@@ -171,8 +171,8 @@ class PythonScanner:
             self._add_timers(timer_rows(line, terminated), number)
         self._interrupted |= bool(kinds & Kind.INTERRUPTION)
 
-    def _note(self, number: int, kinds: Kind, line: bytes) -> None:
-        self._notes.append((number, int(kinds), line.decode("utf-8", "replace")))
+    def _note(self, number: int, kinds: int, line: bytes) -> None:
+        self._notes.append((number, kinds, line.decode("utf-8", "replace")))
 
     def _add_row(self, row: Iteration, line: bytes, number: int) -> None:
         row.drop_placeholders()

@@ -92,7 +92,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that says how a run went: `kind` is one of EVENT_KINDS, `line` counts from 1, `text` is the line's first 400 characters."""
+    """Something that says how a run went: `kind` is one of EVENT_KINDS, `line` counts from 1, `text` its beginning."""
 
     kind: str
     line: int

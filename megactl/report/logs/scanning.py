@@ -46,6 +46,6 @@ def make_scanner(cap: int) -> Scanner:
     native = native_module()
     if native is None:
         return PythonScanner(cap)
-    table = [(anchor.text, int(anchor.kinds), anchor.follow, anchor.until) for anchor in ANCHORS]
+    table = [(anchor.text, anchor.kinds, anchor.follow, anchor.until) for anchor in ANCHORS]
     scanner: Scanner = native.LogScanner(table, COMMON, cap)
     return scanner
