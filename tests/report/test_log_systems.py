@@ -322,6 +322,24 @@ def test_a_loss_that_is_not_printed_or_no_number_is_missing(one):
     assert math.isnan(one(line(1, "nan")).iterations.loss[0])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "MaxMemAllocated=38............49GB",
+        "MA 1.2.3 GB  Max_MA .. GB  CA 1 GB  Max_CA 1 GB", "total parameters ... B",
+        "memory (MB) | allocated: 1..2 |",
+        "{'loss': .e5, 'epoch': 1.1.1}", "Number of trainable parameters = ,,,", "using world size: " + "9" * 5000,
+        '{"consumed_samples": 1, "iteration": ' + "9" * 5000 + "}",
+        "steps: 10 loss: x iter time (s): . samples/sec: .", "step=10, skipped=3, lr=[.e.], mom=[(0.9, 0.999)]",
+        "[2021-99-99 99:99:99,999] step=1, skipped=0, lr=[1], mom=[",
+        " validation loss at iteration 5 | lm loss value: 1.2.3 |",
+        "padded vocab (size: ) with", "Effective Tera Flops per GPU: ..", "Checkpoint Save GB: ., GB/Sec: .",
+    ],
+)  # fmt: skip
+def test_half_numbers_are_passed_over(one, text):
+    assert len(one(f"{text}\n{line(1)}").iterations) == 1
+
+
 def test_helpers():
     assert unprefixed("12: [default3]:x") == "x" and unprefixed("RuntimeError: x") == "RuntimeError: x"
     assert dump_row("lr=1") is None and dump_row("  lr ..... ") == ("lr", "")

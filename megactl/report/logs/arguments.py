@@ -23,7 +23,7 @@ _PREFIX = re.compile(r"(?:\s*[0-9]+:\s|\[[A-Za-z_]+ ?[0-9]+\]:? ?|[A-Za-z0-9][\w
 _ROW = re.compile(r"\s*([A-Za-z_]\w*)(?: \.+ |  )(.*)")
 _SHELL = re.compile(r"\++ (?:export )?'?([A-Z_]+)=(\S*)")
 _OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:[ =]+(?!--)([^\s\\]+))?")
-_SIZES = re.compile(r"\b(world|[a-z-]+-parallel)[- ]size: ([0-9]+)")
+_SIZES = re.compile(r"\b(world|[a-z-]+-parallel)[- ]size: ([0-9]{1,18})")
 _LONGEST_REPR = 1 << 16
 _DEEPEST = 8
 

@@ -9,21 +9,21 @@ from typing import Any, ClassVar
 
 from megactl.report.logs.anchors import Kind
 from megactl.report.logs.arguments import JsonBlock, dump_row, flattened, spelled
-from megactl.report.logs.parser import CONFIGURATION, OpenRun, Parser, raised
+from megactl.report.logs.parser import CONFIGURATION, DECIMAL, OpenRun, Parser, raised
 
-_PIPE_STEP = re.compile(r"steps: ([0-9]{1,15}) loss: (\S{1,40}) .{0,500}?iter time \(s\): ([0-9.]{1,20}) samples/sec: ([0-9.]{1,20})")
+_PIPE_STEP = re.compile(rf"steps: ([0-9]{{1,15}}) loss: (\S{{1,40}}) .{{0,500}}?iter time \(s\): ({DECIMAL}) samples/sec: ({DECIMAL})")
 _STEP = re.compile(r"step=([0-9]{1,15}), skipped=([0-9]{1,15}), lr=\[+([0-9.eE+-]{1,30})")
 _STAMP = re.compile(r"\[([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}),([0-9]{3})\]")
-_RATE = re.compile(r"(?:global_step=([0-9]{1,15}), RunningAvg|RunningAvg|, )SamplesPerSec=([0-9.]{1,20})")
-_CURRENT = re.compile(r"CurrSamplesPerSec=([0-9.]{1,20})")
-_SEE = re.compile(r"\bMA ([0-9.]+) GB\s+Max_MA ([0-9.]+) GB\s+CA ([0-9.]+) GB\s+Max_CA ([0-9]+) GB")
-_HOST = re.compile(r"CPU Virtual Memory:\s+used = ([0-9.]+) GB, percent = ([0-9.]+)%")
-_MAX_ALLOCATED = re.compile(r"MaxMemAllocated=([0-9.]+)GB")
+_RATE = re.compile(rf"(?:global_step=([0-9]{{1,15}}), RunningAvg|RunningAvg|, )SamplesPerSec=({DECIMAL})")
+_CURRENT = re.compile(rf"CurrSamplesPerSec=({DECIMAL})")
+_SEE = re.compile(rf"\bMA ({DECIMAL}) GB\s+Max_MA ({DECIMAL}) GB\s+CA ({DECIMAL}) GB\s+Max_CA ({DECIMAL}) GB")
+_HOST = re.compile(rf"CPU Virtual Memory:\s+used = ({DECIMAL}) GB")
+_MAX_ALLOCATED = re.compile(rf"MaxMemAllocated=({DECIMAL})GB")
 _UNIQUE = re.compile(r"UNIQUE_PARAMS=([0-9]{1,18})")
 _DATA_PARALLEL = re.compile(r"data_parallel_size: ([0-9]{1,9})")
 _SWITCHES = re.compile(r"-(Partition Activations|CPU CHECKPOINTING|contiguous Memory Checkpointing) (True|False)")
 _CPU_SWITCH = re.compile(r"CPU CHECKPOINTING (True|False)")
-_SAVE = re.compile(r"Checkpoint Save GB: ([0-9.]+), GB/Sec: ([0-9.]+)")
+_SAVE = re.compile(rf"Checkpoint Save GB: ({DECIMAL}), GB/Sec: ({DECIMAL})")
 
 
 class DeepSpeed(Parser):

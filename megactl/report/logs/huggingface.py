@@ -8,20 +8,19 @@ from typing import ClassVar
 
 from megactl.report.logs.anchors import Kind
 from megactl.report.logs.arguments import ReprBlock, overrides, unprefixed
-from megactl.report.logs.parser import CONFIGURATION, DUMP, OpenRun, Parser
+from megactl.report.logs.parser import CONFIGURATION, DECIMAL, DUMP, OpenRun, Parser
 from megactl.report.logs.records import Evaluation
 
 _BAR = re.compile(
     r"\s*[0-9]{1,3}%\|[^|]{0,400}\| ([0-9]{1,15})/([0-9]{1,15}) \[(?:([0-9]{1,9}):)?([0-9]{1,2}):([0-9]{2})<[^,\]]{1,40}, +"
-    r"([0-9.?]{1,20})(s/it|it/s)"
+    rf"({DECIMAL}|\?)(s/it|it/s)"
 )
-_DECIMAL = re.compile(r"[0-9]+\.?[0-9]*")
-_PAIR = re.compile(r"'(\w{1,64})': '?(-?[0-9.]{1,30}(?:[eE][+-]?[0-9]{1,4})?|nan|-?inf)'?[,}]")
+_PAIR = re.compile(rf"'(\w{{1,64}})': '?(-?{DECIMAL}(?:[eE][+-]?[0-9]{{1,4}})?|nan|-?inf)'?[,}}]")
 _METRIC = re.compile(r"(\w+) += +(\S+)")
 _INFO = re.compile(
-    r"(Total optimization steps|Total train batch size|Instantaneous batch size per device|Accumulation steps)[^=]{0,80}= ([0-9,]{1,20})"
+    r"(Total optimization steps|Total train batch size|Instantaneous batch size per device|Accumulation steps)[^=]{0,80}= ([0-9][0-9,]{0,19})"
 )
-_TRAINABLE = re.compile(r"Number of trainable parameters = ([0-9,]{1,24})")
+_TRAINABLE = re.compile(r"Number of trainable parameters = ([0-9][0-9,]{0,23})")
 _NAMES = {
     "Total train batch size": "train_batch_size",
     "Instantaneous batch size per device": "per_device_train_batch_size",
@@ -113,7 +112,7 @@ class HuggingFace(Parser):
         if steps <= 0 or (seconds < _WINDOW_SECONDS and step != total):
             return
         self._window = (step, elapsed)
-        rate = float(match[6]) if _DECIMAL.fullmatch(match[6]) else 0.0
+        rate = float(match[6]) if match[6] != "?" else 0.0
         shown = rate if match[7] == "s/it" else 1 / rate if rate else math.nan
         self._row(step, line, seconds / steps if seconds >= 2 else shown)
 
@@ -126,7 +125,7 @@ class HuggingFace(Parser):
 
     def _figures(self, line: int, text: str) -> None:
         for found in re.findall(r"\{[^{}]{1,4000}\}", text):
-            values = {name: float(value) for name, value in _PAIR.findall(found) if value.count(".") <= 1 and value.strip("-.")}
+            values = {name: float(value) for name, value in _PAIR.findall(found)}
             if "train_runtime" in values:
                 for name, value in values.items():
                     self.run.summary.setdefault(name, value)

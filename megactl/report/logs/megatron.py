@@ -7,16 +7,16 @@ from typing import ClassVar
 
 from megactl.report.logs.anchors import Kind
 from megactl.report.logs.arguments import dump_row, shell_settings, sizes
-from megactl.report.logs.parser import DUMP, TRACE, OpenRun, Parser, raised
+from megactl.report.logs.parser import DECIMAL, DUMP, TRACE, OpenRun, Parser, raised
 from megactl.report.logs.records import Evaluation
 
-_MEMORY = re.compile(r"\b(allocated|reserved): ([0-9]+(?:\.[0-9]+)?)")
-_LOSS_AT = re.compile(r"([\w-]+) loss at (?:iteration\s+([0-9]+)|the end of training)(?: (?:for|on) (\w+) (?:data|set))?")
+_MEMORY = re.compile(rf"\b(allocated|reserved): ({DECIMAL})")
+_LOSS_AT = re.compile(r"([\w-]+) loss at (?:iteration\s+([0-9]{1,18})|the end of training)(?: (?:for|on) (\w+) (?:data|set))?")
 _LOSS_VALUE = re.compile(r"([\w -]{1,64}?) value: (\S{1,64})")
 _RANK_PARAMETERS = re.compile(r"number of parameters on [^:|]{0,100}rank (\([^()]{0,64}\)|[0-9]+): ([0-9]{1,18})")
-_TOTAL = re.compile(r"total parameters ([0-9.]{1,20}) B\b")
-_VOCABULARY = re.compile(r"padded vocab \(size: ([0-9]+)\).*?new size: ([0-9]+)")
-_EFFECTIVE = re.compile(r"Effective Tera Flops per GPU: ([0-9.]{1,20})")
+_TOTAL = re.compile(rf"total parameters ({DECIMAL}) B\b")
+_VOCABULARY = re.compile(r"padded vocab \(size: ([0-9]{1,18})\).{0,100}?new size: ([0-9]{1,18})")
+_EFFECTIVE = re.compile(rf"Effective Tera Flops per GPU: ({DECIMAL})")
 _MOST_RANKS = 1 << 16
 _MOST_EVALUATIONS = 10_000
 

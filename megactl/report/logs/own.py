@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from megactl.report.logs.anchors import Kind
-from megactl.report.logs.parser import Parser
+from megactl.report.logs.parser import DECIMAL, Parser
 from megactl.report.logs.records import Evaluation
 from megactl.report.records import parse_line
 
-_SAVED = re.compile(r"saved \S+/checkpoints/step-[0-9]+ in ([0-9.]{1,20}) s")
+_SAVED = re.compile(rf"/checkpoints/step-[0-9]+ in ({DECIMAL}) s")
 # Keys of metrics.jsonl and the columns they are.
 _COLUMNS = {
     "seconds": "seconds",

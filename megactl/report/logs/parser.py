@@ -12,6 +12,10 @@ from megactl.report.logs.records import Columns, Run
 DUMP, CONFIGURATION, TRACE = 3, 2, 1
 
 
+# A number as a part of other patterns: always one that float() takes, and never longer than what is printed.
+DECIMAL = r"[0-9]{1,18}(?:\.[0-9]{1,18})?"
+
+
 class OpenRun:
     """A run while its lines come in. `seen`: kinds of all its lines so far."""
 
