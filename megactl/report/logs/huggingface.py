@@ -18,7 +18,8 @@ _BAR = re.compile(
 _PAIR = re.compile(rf"'(\w{{1,64}})': '?(-?{DECIMAL}(?:[eE][+-]?[0-9]{{1,4}})?|nan|-?inf)'?[,}}]")
 _METRIC = re.compile(r"(\w+) += +(\S+)")
 _INFO = re.compile(
-    r"(Total optimization steps|Total train batch size|Instantaneous batch size per device|Accumulation steps)[^=]{0,80}= ([0-9][0-9,]{0,19})"
+    r"(Total optimization steps|Total train batch size|Instantaneous batch size per device|Accumulation steps)"
+    r"[^=]{0,80}= ([0-9][0-9,]{0,19})"
 )
 _TRAINABLE = re.compile(r"Number of trainable parameters = ([0-9][0-9,]{0,23})")
 _NAMES = {
