@@ -148,42 +148,47 @@ class _BatchColumns:
     """The columns of a batch, handed over to runs in order of their lines."""
 
     def __init__(self, batch: Batch) -> None:
-        self._whole = {"iteration": _column("q", batch.iteration), "total": _column("q", batch.total), "line": _column("q", batch.line)}
-        self._whole["interrupted"] = _column("b", batch.interrupted)
-        self._whole |= {name: _column("d", data) for name, data in zip(VALUE_COLUMNS, batch.values, strict=True)}
-        self._losses = {name: _column("d", data) for name, data in batch.losses}
-        self._timers = [(name, _column("q", lines), _column("d", values)) for name, lines, values in batch.timers]
+        self._whole = {"iteration": batch.iteration, "total": batch.total, "line": batch.line, "interrupted": batch.interrupted}
+        self._whole |= dict(zip(VALUE_COLUMNS, batch.values, strict=True))
+        self._losses = dict(batch.losses)
+        self._timers = batch.timers
+        self._lines = _lines(batch.line)
         self._row = 0
         self._timer_rows = [0] * len(self._timers)
 
     def hand_over(self, run: Run, before: int | None) -> None:
         """Give `run` the rows of lines before `before`, all where it is None."""
-        lines = self._whole["line"]
-        end = len(lines) if before is None else bisect.bisect_left(lines, before, self._row)
+        end = len(self._lines) if before is None else bisect.bisect_left(self._lines, before, self._row)
         if end > self._row:
             self._extend(run.iterations, self._row, end)
             self._row = end
         for index, (name, lines, values) in enumerate(self._timers):
             start = self._timer_rows[index]
-            stop = len(lines) if before is None else bisect.bisect_left(lines, before, start)
+            stop = len(lines) // 8 if before is None else bisect.bisect_left(_lines(lines), before, start)
             if stop > start:
-                run.timers.setdefault(name, array("d")).extend(values[start:stop])
+                run.timers.setdefault(name, array("d")).frombytes(_part(values, start, stop, 8))
                 self._timer_rows[index] = stop
 
     def _extend(self, columns: Columns, start: int, end: int) -> None:
         rows = len(columns)
-        for name, column in self._whole.items():
-            getattr(columns, name).extend(column[start:end])
+        for name, data in self._whole.items():
+            column = getattr(columns, name)
+            column.frombytes(_part(data, start, end, column.itemsize))
         for name in self._losses:
             columns.losses.setdefault(name, _missing(rows))
         for name, losses in columns.losses.items():
-            losses.extend(self._losses[name][start:end] if name in self._losses else _missing(end - start))
+            if name in self._losses:
+                losses.frombytes(_part(self._losses[name], start, end, 8))
+            else:
+                losses.extend(_missing(end - start))
 
 
-def _column(code: str, data: bytes) -> array[float]:
-    column = array(code)
-    column.frombytes(data)
-    return column
+def _lines(data: bytes) -> memoryview:
+    return memoryview(data).cast("q")
+
+
+def _part(data: bytes, start: int, end: int, size: int) -> memoryview:
+    return memoryview(data)[start * size : end * size]
 
 
 def _missing(rows: int) -> array[float]:
