@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from megactl.config.batch import parse_rampup, parse_warmup
+from megactl.config.memory import offload_targets
 from megactl.config.refused import refusals
 from megactl.config.schema import Run
 from megactl.config.settings import all_settings
@@ -24,6 +25,11 @@ _AT_LEAST: dict[str, tuple[int, str]] = {
     "parallel.pipeline_parallel": (1, "use 1 for none"),
     "parallel.data_parallel": (1, "leave it out to use every rank"),
     "parallel.bucket_size": (1, "leave it out for 40000000"),
+    "parallel.virtual_pipeline": (1, "use 1 for no interleaving"),
+    "parallel.zero_prefetch": (0, "use 0 to gather each unit when it is needed"),
+    "parallel.persistence_threshold": (0, "use 0 to share every parameter"),
+    "parallel.tile": (1, "use 1 for whole matrices"),
+    "memory.recompute_layers": (1, "use 1 or more"),
     "training.micro_batch_size": (1, "use 1 or more"),
     "training.global_batch_size": (1, "leave it out for micro-batch-size x dp"),
     "training.seq_length": (1, "use 1 or more"),
@@ -88,8 +94,8 @@ def _ranges(names: Names) -> Iterator[tuple[str, Problem]]:
         if not 0 <= setting.read(names.run) < 1:
             yield name, Problem(names.show(name), "must be at least 0 and below 1", f"such as {setting.default or 0.1:g}")
     yield from _mask_ranges(names)
-    if names.run.parallel.zero not in (None, 0, 1):
-        yield "parallel.zero", Problem(names.show("parallel.zero"), "this version has ZeRO stages 0 and 1", "use --zero 1")
+    if names.run.parallel.zero not in (None, 0, 1, 2, 3):
+        yield "parallel.zero", Problem(names.show("parallel.zero"), "ZeRO has the stages 0 to 3", "use --zero 1, 2 or 3")
     if names.run.training.seed > _MAX_SEED:
         yield "training.seed", Problem(names.show("training.seed"), f"must be at most {_MAX_SEED}", "use a smaller number")
 
@@ -126,6 +132,7 @@ def _data_texts(run: Run) -> Iterator[tuple[str, Problem]]:
 
 
 _PARSED: dict[str, tuple[Callable[[Run], object], str]] = {
+    "memory.offload": (lambda run: offload_targets(run.memory.offload), "such as --offload optimizer,activations"),
     "optimizer.warmup": (
         lambda run: parse_warmup(run.optimizer.warmup, run.training.iterations),
         "such as --warmup 100 or --warmup 1%",

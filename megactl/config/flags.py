@@ -12,6 +12,7 @@ from megactl.errors import ConfigError, Problem
 PANELS = {
     "model": "Model",
     "parallel": "Parallelism",
+    "memory": "Memory",
     "training": "Training",
     "optimizer": "Optimizer and learning rate",
     "data": "Data",

@@ -70,13 +70,28 @@ def _loss_scale_rows() -> Iterator[Refusal]:
         )
 
 
+def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refusal:
+    return Refusal((name,), applies, "is not finished in this tree", instead)
+
+
+# Each row goes with the commit that makes its setting work.
+_UNFINISHED: tuple[Refusal, ...] = (
+    _unfinished("parallel.sequence_parallel", lambda run: run.parallel.sequence_parallel, "leave --sp out"),
+    _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
+    _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
+    _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
+    _unfinished("parallel.pipeline_split", lambda run: run.parallel.pipeline_split is not None, "leave --pp-split out"),
+    _unfinished("parallel.zero", lambda run: (run.parallel.zero or 0) > 1, "use --zero 1"),
+    _unfinished("parallel.split_layers", lambda run: run.parallel.split_layers, "leave --split-layers out"),
+    _unfinished("parallel.tile", lambda run: run.parallel.tile > 1, "use --tile 1"),
+    _unfinished("memory.recompute", lambda run: run.memory.recompute != "none", "use --recompute none"),
+    _unfinished("memory.partition_activations", lambda run: run.memory.partition_activations, "leave --partition-activations out"),
+    _unfinished("memory.offload", lambda run: run.memory.offload is not None, "leave --offload out"),
+)
+
+
 REFUSED: tuple[Refusal, ...] = (
-    Refusal(
-        ("parallel.context_parallel",),
-        lambda run: run.parallel.context_parallel > 1,
-        "attention over a split sequence is not part of this version",
-        "use --cp 1, and more --tp or a shorter --seq-length to save memory",
-    ),
+    *_UNFINISHED,
     Refusal(
         ("training.precision", "training.device"),
         lambda run: run.training.precision == "fp64" and run.training.device == "cuda",

@@ -69,12 +69,68 @@ class Parallel:
     context_parallel: int = setting(1, "ranks that share each sequence", flags=("--cp", "--context-parallel-size"))
     pipeline_parallel: int = setting(1, "pipeline stages", flags=("--pp", "--pipeline-model-parallel-size", "--pipeline-parallel"))
     data_parallel: int | None = setting(None, "replicas (default: world / (tp x pp x cp))", flags=("--dp", "--data-parallel"))
-    schedule: str = setting("1f1b", "pipeline schedule", flags=("--schedule",), choices=("gpipe", "1f1b"))
-    zero: int | None = setting(None, "ZeRO stage: 0, or 1 to shard the optimizer (default 1 when dp > 1)", flags=("--zero",))
+    sequence_parallel: bool = setting(
+        False, "with tp: also share the tokens between the matrices (norms, dropout, residuals)",
+        flags=("--sp/--no-sp", "--sequence-parallel/--no-sequence-parallel"),
+    )  # fmt: skip
+    context_method: str = setting(
+        "ring", "with cp: send keys and values around, or trade sequence for heads",
+        flags=("--cp-method", "--cp-comm-type"), choices=("ring", "all-to-all"),
+    )  # fmt: skip
+    schedule: str = setting("1f1b", "pipeline schedule", flags=("--schedule",), choices=("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v"))
+    virtual_pipeline: int = setting(
+        1, "model chunks a rank: interleaves 1f1b", flags=("--vpp", "--num-virtual-stages-per-pipeline-rank", "--virtual-pipeline")
+    )
+    pipeline_split: str | None = setting(
+        None, "layers of each stage ('5,7,7,5'), or what counts as a layer: embedding, head, or both (default: equal stages)",
+        flags=("--pp-split",), metavar="N,N,...|embedding,head",
+    )  # fmt: skip
+    scatter_gather: bool = setting(
+        True, "with tp and pp: each rank sends its share of an activation to the next stage, which gathers them",
+        flags=("--scatter-gather/--no-scatter-gather",),
+    )  # fmt: skip
+    zero: int | None = setting(
+        None, "ZeRO stage: what the replicas share; 1 optimizer, 2 also gradients, 3 also weights (default 1 when dp > 1)",
+        flags=("--zero",),
+    )  # fmt: skip
+    zero_prefetch: int = setting(1, "ZeRO 3: units (layers) gathered ahead of their use", flags=("--zero-prefetch",))
+    persistence_threshold: int = setting(
+        100_000, "ZeRO 3: parameters with fewer elements stay whole",
+        flags=("--persistence-threshold", "--stage3-param-persistence-threshold"),
+    )  # fmt: skip
+    split_layers: bool = setting(
+        False, "ZeRO 3: gather half a layer at a time (attention, MLP)", flags=("--split-layers/--no-split-layers", "--split-transformers")
+    )
+    tile: int = setting(1, "run each matrix of a layer in N tiles; ZeRO 3 gathers one tile at a time", flags=("--tile", "--tile-factor"))
     bucket_size: int = setting(40_000_000, "parameters in one gradient bucket", flags=("--bucket-size", "--ddp-bucket-size"))
     overlap_grad_reduce: bool = setting(
         True, "reduce gradient buckets while backward still runs", flags=("--overlap-grad-reduce/--no-overlap-grad-reduce",)
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What is not kept on the device between forward and backward, or between steps."""
+
+    recompute: str = setting(
+        "none", "compute again in backward instead of keeping: core attention (selective), or whole layers (full)",
+        flags=("--recompute", "--recompute-granularity"), choices=("none", "selective", "full"),
+    )  # fmt: skip
+    recompute_method: str = setting(
+        "uniform", "full recompute: keep the input of every N layers, or recompute the first N layers of a stage only",
+        flags=("--recompute-method",), choices=("uniform", "block"),
+    )  # fmt: skip
+    recompute_layers: int = setting(
+        1, "full recompute: the N of --recompute-method", flags=("--recompute-layers", "--recompute-num-layers")
+    )
+    partition_activations: bool = setting(
+        False, "full recompute with tp: each rank keeps its share of the saved inputs",
+        flags=("--partition-activations/--no-partition-activations", "--distribute-saved-activations"),
+    )  # fmt: skip
+    offload: str | None = setting(
+        None, "keep in host memory: optimizer, parameters (ZeRO 3), activations (saved inputs of full recompute); several with commas",
+        flags=("--offload",), metavar="WHAT,WHAT",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +265,7 @@ class Run:
     preset: str | None = None
     model: Model = dataclasses.field(default_factory=Model)
     parallel: Parallel = dataclasses.field(default_factory=Parallel)
+    memory: Memory = dataclasses.field(default_factory=Memory)
     training: Training = dataclasses.field(default_factory=Training)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     data: Data = dataclasses.field(default_factory=Data)
@@ -219,6 +276,7 @@ class Run:
 SECTIONS: dict[str, type] = {
     "model": Model,
     "parallel": Parallel,
+    "memory": Memory,
     "training": Training,
     "optimizer": Optimizer,
     "data": Data,

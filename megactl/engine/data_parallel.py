@@ -17,11 +17,11 @@ from megactl.engine.mesh import Axis
 class GradientReducer:
     """Launches the reduction of each bucket of one model part as soon as its gradients are complete."""
 
-    def __init__(self, model: nn.Module, flat: FlatParameters, dp: Axis, *, zero: int, overlap: bool) -> None:
-        self.flat, self.dp, self.zero = flat, dp, zero
+    def __init__(self, model: nn.Module, flat: FlatParameters, replicas: Axis, *, zero: int, overlap: bool) -> None:
+        self.flat, self.replicas, self.zero = flat, replicas, zero
         self._armed = False
         self._next, self._works = 0, []
-        if dp.size > 1 and overlap:
+        if replicas.size > 1 and overlap:
             # The first unit of the first stage takes integer ids, so no gradient passes through its input: `flush` covers it.
             for index, unit in enumerate(model.units()):
                 if index or model.embedding is None:
@@ -40,7 +40,7 @@ class GradientReducer:
 
     def flush(self) -> None:
         """Launch what is left; every gradient of this part is now complete."""
-        if self.dp.size > 1:
+        if self.replicas.size > 1:
             self._launch_above(-1)
         self._armed = False
 
@@ -59,6 +59,6 @@ class GradientReducer:
     def _launch(self, bucket: Bucket):
         whole = self.flat.grads[bucket.start : bucket.stop]
         if self.zero == 0:
-            return all_reduce(whole, self.dp.group, async_op=True)
-        start, stop = bucket.shard(self.dp.rank, self.dp.size)
-        return reduce_scatter(self.flat.grads[start:stop], whole, self.dp.group, async_op=True)
+            return all_reduce(whole, self.replicas.group, async_op=True)
+        start, stop = bucket.shard(self.replicas.rank, self.replicas.size)
+        return reduce_scatter(self.flat.grads[start:stop], whole, self.replicas.group, async_op=True)

@@ -6,6 +6,8 @@ group, which talk most, are neighbours on one host.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +40,8 @@ class Mesh:
     cp: Axis = field(default_factory=Axis)
     dp: Axis = field(default_factory=Axis)
     pp: Axis = field(default_factory=Axis)
+    # All ranks that hold the same weights (cp within dp): they sum their gradients and share the optimizer's state.
+    replicas: Axis = field(default_factory=Axis)
     # First and last pipeline stage of this column: the two holders of a tied embedding. None unless this rank is one of two.
     embedding: Axis | None = None
     # The whole world over gloo, for objects (checkpoint entries, agreement): None when alone.
@@ -66,9 +70,10 @@ def coordinates_of(rank: int, sizes: dict[str, int]) -> dict[str, int]:
     return place
 
 
-def axis_ranks(name: str, place: dict[str, int], sizes: dict[str, int]) -> list[int]:
-    """Global ranks, in order, of the axis `name` through `place`."""
-    return [rank_of({**place, name: i}, sizes) for i in range(sizes[name])]
+def axis_ranks(names: Sequence[str], place: dict[str, int], sizes: dict[str, int]) -> list[int]:
+    """Global ranks, in order, of the axis through `place` that `names` (innermost first) span together."""
+    inner_last = [range(sizes[name]) for name in reversed(names)]
+    return [rank_of({**place, **dict(zip(reversed(names), indices, strict=True))}, sizes) for indices in itertools.product(*inner_last)]
 
 
 def rank_of(place: dict[str, int], sizes: dict[str, int]) -> int:
@@ -101,11 +106,14 @@ def build_mesh(parallel: Parallel, device: torch.device) -> Mesh:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world != world_size:
         raise ValueError(f"tp {sizes['tp']} x cp {sizes['cp']} x dp {sizes['dp']} x pp {sizes['pp']} = {world} ranks, but {world_size} run")
-    axes = {name: _build_axis(name, rank, sizes) for name in AXES}
+    axes = {name: _build_axis((name,), rank, sizes) for name in AXES}
+    # A second communicator for the same ranks would cost memory and a connection for nothing.
+    axes["replicas"] = axes["dp"] if sizes["cp"] == 1 else _build_axis(("cp", "dp"), rank, sizes)
     embedding = _embedding_axis(rank, sizes)
     objects = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo")
     if device.type == "cuda":
-        _connect([axis.group for axis in (*axes.values(), embedding) if axis is not None and axis.group is not None], axes["pp"], device)
+        groups = {id(axis.group): axis.group for axis in (*axes.values(), embedding) if axis is not None and axis.group is not None}
+        _connect(list(groups.values()), axes["pp"], device)
     return Mesh(device=device, rank=rank, world_size=world_size, **axes, embedding=embedding, objects=objects)
 
 
@@ -127,26 +135,25 @@ def _connect(groups: list[Group], pp: Axis, device: torch.device) -> None:
     torch.cuda.synchronize(device)
 
 
-def _build_axis(name: str, rank: int, sizes: dict[str, int]) -> Axis:
-    if sizes[name] == 1:
+def _build_axis(names: Sequence[str], rank: int, sizes: dict[str, int]) -> Axis:
+    mine = axis_ranks(names, coordinates_of(rank, sizes), sizes)
+    if len(mine) == 1:
         return Axis(ranks=(rank,))
-    place = coordinates_of(rank, sizes)
-    mine = axis_ranks(name, place, sizes)
-    groups = sorted({tuple(axis_ranks(name, coordinates_of(r, sizes), sizes)) for r in range(dist.get_world_size())})
+    groups = sorted({tuple(axis_ranks(names, coordinates_of(r, sizes), sizes)) for r in range(dist.get_world_size())})
     # new_group is collective: every rank makes every group, in one order, and keeps its own.
     group = None
     for ranks in groups:
         made = dist.new_group(list(ranks))
         if list(ranks) == mine:
             group = made
-    return Axis(sizes[name], place[name], group, tuple(mine))
+    return Axis(len(mine), mine.index(rank), group, tuple(mine))
 
 
 def _embedding_axis(rank: int, sizes: dict[str, int]) -> Axis | None:
     if sizes["pp"] == 1:
         return None
     found = None
-    columns = sorted({tuple(axis_ranks("pp", coordinates_of(r, sizes), sizes)) for r in range(dist.get_world_size())})
+    columns = sorted({tuple(axis_ranks(("pp",), coordinates_of(r, sizes), sizes)) for r in range(dist.get_world_size())})
     for column in columns:
         ends = (column[0], column[-1])
         made = dist.new_group(list(ends))

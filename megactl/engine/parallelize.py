@@ -46,14 +46,20 @@ def main_dtype(run: Run) -> torch.dtype:
     return torch.float64 if run.training.precision == "fp64" else torch.float32
 
 
+def build_parts(run: Run, mesh: Mesh) -> list[Part]:
+    """This rank's share of each of its stages, in the order of the model. `run` is resolved."""
+    return [build_part(run, mesh, mesh.pp.rank, mesh.pp.size)]
+
+
 def build_part(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> Part:
     """This rank's share of one stage. `run` is resolved."""
     model = build_stage(run, mesh, virtual_stage, num_stages)
     flat = FlatParameters(
-        model, mesh, dtype=compute_dtype(run), main_dtype=main_dtype(run), bucket_size=run.parallel.bucket_size, shards=mesh.dp.size
-    )
+        model, mesh, dtype=compute_dtype(run), main_dtype=main_dtype(run), bucket_size=run.parallel.bucket_size,
+        shards=mesh.replicas.size,
+    )  # fmt: skip
     zero = run.parallel.zero or 0
-    reducer = GradientReducer(model, flat, mesh.dp, zero=zero, overlap=run.parallel.overlap_grad_reduce)
+    reducer = GradientReducer(model, flat, mesh.replicas, zero=zero, overlap=run.parallel.overlap_grad_reduce)
     optimizer = ShardedOptimizer(flat, mesh, zero, run.optimizer)
     for placement in flat.placements:
         initialise(placement, flat, optimizer, run.training.seed)

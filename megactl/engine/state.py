@@ -8,7 +8,7 @@ In fp32 and fp64 the weight is its own master, so no master is saved.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -52,19 +52,18 @@ def _as_flag(flag: str, value: object) -> str:
     return f"{flag} {value}"
 
 
-def pieces_to_save(part: Part, mesh: Mesh) -> list[Piece]:
+def pieces_to_save(parts: Sequence[Part], mesh: Mesh) -> list[Piece]:
     """This rank's share: over all ranks every element of every tensor exactly once."""
-    pieces = []
-    for spec, piece in _all_pieces(part, weights=mesh.dp.rank == 0, state=part.optimizer.zero > 0 or mesh.dp.rank == 0):
-        if spec.counted:
-            pieces.append(piece)
-    return pieces
+    first = mesh.replicas.rank == 0
+    pieces = [entry for part in parts for entry in _all_pieces(part, weights=first, state=part.optimizer.zero > 0 or first)]
+    return [piece for spec, piece in pieces if spec.counted]
 
 
-def pieces_to_load(part: Part, *, optimizer: bool = True) -> list[Piece]:
+def pieces_to_load(parts: Sequence[Part], *, optimizer: bool = True) -> list[Piece]:
     """Everything this rank holds, copies included; without `optimizer` the weights and their masters only."""
     kinds = STATE_KINDS if optimizer else ("master",)
-    return [piece for _, piece in _all_pieces(part, weights=True, state=True) if piece.kind == "weight" or piece.kind in kinds]
+    pieces = [piece for part in parts for _, piece in _all_pieces(part, weights=True, state=True)]
+    return [piece for piece in pieces if piece.kind == "weight" or piece.kind in kinds]
 
 
 def _all_pieces(part: Part, *, weights: bool, state: bool) -> Iterator[tuple[ParameterSpec, Piece]]:

@@ -214,7 +214,7 @@ class Trainer:
     def _load(self, path: Path, *, optimizer: bool) -> None:
         check_fits(path, manifest.read(path).header, self.run, optimizer=optimizer)
         with self.context.heartbeat.phase("save"):
-            header = checkpoint.load(path, pieces_to_load(self.engine.part, optimizer=optimizer), group=self.group)
+            header = checkpoint.load(path, pieces_to_load(self.engine.parts, optimizer=optimizer), group=self.group)
         self.progress = Progress(header.step, header.consumed_samples)
         if optimizer:
             self.engine.adam_step.fill_(header.state["adam_step"])
@@ -235,7 +235,7 @@ class Trainer:
         }
         with self.context.heartbeat.phase("save"):
             path = checkpoint.save(
-                self._checkpoints, step=self.progress.iteration, pieces=pieces_to_save(self.engine.part, self.mesh), header=header,
+                self._checkpoints, step=self.progress.iteration, pieces=pieces_to_save(self.engine.parts, self.mesh), header=header,
                 group=self.group, keep=self.run.checkpoint.keep_checkpoints, protect=self.resumed_from, log=self.say,
             )  # fmt: skip
         self.saved_at = self.progress.iteration

@@ -22,7 +22,7 @@ from megactl.engine.flat import ParameterSpec
 from megactl.engine.loss_scale import LossScale
 from megactl.engine.mesh import Mesh
 from megactl.engine.optimizer import clip_factor
-from megactl.engine.parallelize import build_part, compute_dtype, main_dtype
+from megactl.engine.parallelize import Part, build_parts, compute_dtype, main_dtype
 from megactl.engine.pipeline import PipelineExecutor, StepInputs, targets_of
 from megactl.schedules import LoweredSchedule, build, generate, lower, validate_lowered
 
@@ -55,8 +55,8 @@ class TrainingStep:
 
     def __init__(self, run: Run, mesh: Mesh) -> None:
         self.run, self.mesh = run, mesh
-        self.part = build_part(run, mesh, mesh.pp.rank, mesh.pp.size)
-        self.executor = PipelineExecutor([self.part], mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run))
+        self.parts = build_parts(run, mesh)
+        self.executor = PipelineExecutor(self.parts, mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run))
         self._schedules: dict[tuple[str, int], LoweredSchedule] = {}
         self.loss_scale = LossScale(run.training, mesh.device)
         self._normaliser = self._scalar(1.0, torch.float64)
@@ -81,15 +81,17 @@ class TrainingStep:
         count = global_batch_size // (self.run.training.micro_batch_size * self.mesh.dp.size)
         inputs = self._inputs(iteration, batches, count, global_batch_size)
         sums, counts = self.executor.run(self._schedule(self.run.parallel.schedule, count), inputs)
-        self.part.reducer.wait()
-        self.part.optimizer.reduce_tied()
+        for part in self.parts:
+            part.reducer.wait()
+        for part in self.parts:
+            part.optimizer.reduce_tied()
         totals = self._totals(sums, counts, stop)
         return self._update(totals, global_batch_size)
 
     @property
     def losses(self) -> tuple[str, ...]:
         """Names of the model's losses, in the order of `StepOutcome.parts`."""
-        return self.part.model.losses
+        return self.parts[0].model.losses
 
     @property
     def _reports_loss(self) -> float:
@@ -98,7 +100,8 @@ class TrainingStep:
 
     def _totals(self, sums: Tensor, counts: Tensor, stop: float) -> Tensor:
         """[squared norm, stop, k loss sums, k counts] over all ranks, in one reduction."""
-        numbers = torch.stack([self.part.optimizer.norm_squared(), self._scalar(stop, torch.float64)])
+        squared = torch.stack([part.optimizer.norm_squared() for part in self.parts]).sum()
+        numbers = torch.stack([squared, self._scalar(stop, torch.float64)])
         totals = torch.cat([numbers, sums * self._reports_loss, counts * self._reports_loss])
         if self.mesh.world_size > 1:
             all_reduce(totals, None)
@@ -117,7 +120,8 @@ class TrainingStep:
         skip = (~torch.isfinite(norm)).to(self._one.dtype)
         scale = (self._normaliser * clip_factor(norm, self.run.optimizer.clip_grad)).to(self._one.dtype)
         self._adam_step.add_(1.0 - skip)
-        self.part.optimizer.step(lr=self._lr, step=self._adam_step, grad_scale=scale, skip=skip)
+        for part in self.parts:
+            part.optimizer.step(lr=self._lr, step=self._adam_step, grad_scale=scale, skip=skip)
         used = self.loss_scale.scale.clone()
         self.loss_scale.update(skip)
         parts = sums / counts
@@ -139,7 +143,7 @@ class TrainingStep:
         """What backward starts from, [k] in float64: 1 / the terms of each loss in the global batch; of a single loss, 1 / all tokens."""
         if len(self.losses) == 1:
             return self._scalar(1.0 / (global_batch_size * self.run.training.seq_length), torch.float64).unsqueeze(0)
-        counts = sum(self.part.model.loss_counts(targets_of(batch, torch.float64)) for batch in held)
+        counts = sum(self.parts[0].model.loss_counts(targets_of(batch, torch.float64)) for batch in held)
         if self.mesh.dp.size > 1:
             all_reduce(counts, self.mesh.dp.group)
         return 1.0 / counts.clamp(min=1.0)
@@ -172,31 +176,40 @@ class TrainingStep:
         return totals[0] / totals[1].clamp(min=1.0)
 
     def gradients(self) -> dict[str, tuple[ParameterSpec, Tensor]]:
-        """The last step's gradients before clipping, padding rows left out; collective over dp under ZeRO."""
-        grads = self.part.flat.grads.clone()
-        if self.part.optimizer.zero and self.mesh.dp.size > 1:
-            self._gather_shards(grads)
-        grads *= self._normaliser.to(grads.dtype)
-        return self._by_name(grads)
+        """The last step's gradients before clipping, padding rows left out; collective over the replicas under ZeRO."""
+        found = {}
+        for part in self.parts:
+            grads = part.flat.grads.clone()
+            if part.optimizer.zero:
+                self._gather_shards(part, grads)
+            grads *= self._normaliser.to(grads.dtype)
+            found |= _by_name(part, grads)
+        return found
 
     def weights(self) -> dict[str, tuple[ParameterSpec, Tensor]]:
-        """The parameters in the main dtype (the masters where there are any), padding rows left out; collective over dp under ZeRO."""
-        values = self.part.flat.params.to(self.part.flat.grads.dtype, copy=True)
-        if self.part.optimizer.has_master:
-            for state in self.part.optimizer.states:
-                values[state.start : state.stop] = state.master
-            if self.part.optimizer.zero and self.mesh.dp.size > 1:
-                self._gather_shards(values)
-        return self._by_name(values)
-
-    def _gather_shards(self, buffer: Tensor) -> None:
-        for state in self.part.optimizer.states:
-            whole = buffer[state.bucket.start : state.bucket.stop]
-            all_gather(whole, buffer[state.start : state.stop].clone(), self.mesh.dp.group)
-
-    def _by_name(self, buffer: Tensor) -> dict[str, tuple[ParameterSpec, Tensor]]:
+        """The parameters in the main dtype (the masters where there are any), padding rows left out; collective as `gradients` is."""
         found = {}
-        for placement in self.part.flat.placements:
-            held = tuple(slice(0, n) for n in placement.spec.held_shape)
-            found[placement.spec.name] = placement.spec, self.part.flat.view(buffer, placement)[held]
+        for part in self.parts:
+            values = part.flat.params.to(part.flat.grads.dtype, copy=True)
+            if part.optimizer.has_master:
+                for state in part.optimizer.states:
+                    values[state.start : state.stop] = state.master
+                if part.optimizer.zero:
+                    self._gather_shards(part, values)
+            found |= _by_name(part, values)
         return found
+
+    def _gather_shards(self, part: Part, buffer: Tensor) -> None:
+        if self.mesh.replicas.size == 1:
+            return
+        for state in part.optimizer.states:
+            whole = buffer[state.bucket.start : state.bucket.stop]
+            all_gather(whole, buffer[state.start : state.stop].clone(), self.mesh.replicas.group)
+
+
+def _by_name(part: Part, buffer: Tensor) -> dict[str, tuple[ParameterSpec, Tensor]]:
+    found = {}
+    for placement in part.flat.placements:
+        held = tuple(slice(0, n) for n in placement.spec.held_shape)
+        found[placement.spec.name] = placement.spec, part.flat.view(buffer, placement)[held]
+    return found

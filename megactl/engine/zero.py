@@ -51,8 +51,8 @@ class ShardedOptimizer:
         self._norm_parts = [flat.grads[segment.start : segment.stop] for segment in segments]
 
     def _state(self, bucket: Bucket) -> BucketState:
-        dp = self.mesh.dp
-        start, stop = bucket.shard(dp.rank, dp.size) if self.zero else (bucket.start, bucket.stop)
+        replicas = self.mesh.replicas
+        start, stop = bucket.shard(replicas.rank, replicas.size) if self.zero else (bucket.start, bucket.stop)
         param, grad = self.flat.params[start:stop], self.flat.grads[start:stop]
         master = torch.zeros_like(grad) if self.has_master else param
         segments = tuple(part for segment in bucket.segments if (part := segment.within(start, stop)))
@@ -60,7 +60,7 @@ class ShardedOptimizer:
 
     def _norm_segments(self, bucket: Bucket) -> list[Segment]:
         # Each replica counts its own slice, with or without ZeRO, so that the sum over all ranks counts each element once.
-        start, stop = bucket.shard(self.mesh.dp.rank, self.mesh.dp.size)
+        start, stop = bucket.shard(self.mesh.replicas.rank, self.mesh.replicas.size)
         return [part for segment in bucket.segments if segment.counted and (part := segment.within(start, stop))]
 
     def reduce_tied(self) -> None:
@@ -82,9 +82,9 @@ class ShardedOptimizer:
         for state in self.states:
             for segment in state.segments:
                 self._update(state, segment, lr=lr, step=step, grad_scale=grad_scale, skip=skip)
-            if self.zero and self.mesh.dp.size > 1:
+            if self.zero and self.mesh.replicas.size > 1:
                 whole = self.flat.params[state.bucket.start : state.bucket.stop]
-                works.append(all_gather(whole, state.param, self.mesh.dp.group, async_op=True))
+                works.append(all_gather(whole, state.param, self.mesh.replicas.group, async_op=True))
         for work in works:
             work.wait()
 

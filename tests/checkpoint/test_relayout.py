@@ -164,7 +164,7 @@ def test_models_move_between_layouts(tmp_path, kit, name, saved, loaded):
     for part, mesh in parts_of(model, saved, seed=1):
         for state in part.optimizer.states:
             state.exp_avg.copy_(state.param), state.exp_avg_sq.copy_(state.param.square())
-        pieces += pieces_to_save(part, mesh)
+        pieces += pieces_to_save([part], mesh)
     held = [(piece.name, piece.kind, piece.region) for piece in pieces]
     assert len(set(held)) == len(held), "each piece once"
     path = save(tmp_path, step=1, pieces=pieces, header=kit.header(), group=SingleProcess(), keep=0, protect=None)
@@ -172,7 +172,7 @@ def test_models_move_between_layouts(tmp_path, kit, name, saved, loaded):
     for (part, _), (expected, _) in zip(parts_of(model, loaded, seed=2), parts_of(model, loaded, seed=1), strict=True):
         for state in expected.optimizer.states:
             state.exp_avg.copy_(state.param), state.exp_avg_sq.copy_(state.param.square())
-        load(path, pieces_to_load(part))
+        load(path, pieces_to_load([part]))
         assert all(torch.equal(one, other) for one, other in zip(states_of(part), states_of(expected), strict=True))
         names |= set(part.flat.by_name)
     with torch.device("meta"):

@@ -332,5 +332,5 @@ def test_cuda_repeats_bit_for_bit(config):
         engine = TrainingStep(run, Mesh(torch.device("cuda")))
         for iteration in range(1, 4):
             engine.step(iteration, [batch_of(seed) for seed in range(3)].__getitem__, global_batch_size=6, learning_rate=0.01)
-        found.append(engine.part.flat.params.clone())
+        found.append(engine.parts[0].flat.params.clone())
     assert torch.equal(*found) and found[0].isfinite().all()

@@ -218,10 +218,10 @@ class WholeStep:
 
     def state(self) -> Iterator[Tensor]:
         """Every tensor that a step changes and a later one reads."""
-        yield self.engine.part.flat.params
+        yield self.engine.parts[0].flat.params
         yield self.engine.adam_step
         yield self.engine.loss_scale._state
-        for share in self.engine.part.optimizer.states:
+        for share in self.engine.parts[0].optimizer.states:
             yield from (share.master, share.exp_avg, share.exp_avg_sq)
 
     @contextmanager
@@ -302,7 +302,7 @@ def test_fp16_learns_what_fp32_learns():
     found = {}
     for precision in ("fp32", "fp16"):
         whole = WholeStep(precision)
-        assert whole.engine.part.flat.params.dtype == compute_dtype(whole.run)
+        assert whole.engine.parts[0].flat.params.dtype == compute_dtype(whole.run)
         found[precision] = [whole.eager_step(iteration, 3e-3).tolist() for iteration in range(1, 11)]
     for half, full in zip(found["fp16"], found["fp32"], strict=True):
         assert not half[2] and half[4] == 1024.0

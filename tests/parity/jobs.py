@@ -113,14 +113,14 @@ def _pieces(found: dict[str, tuple[ParameterSpec, torch.Tensor]]) -> Pieces:
 
 def _facts(engine: TrainingStep) -> dict[str, object]:
     """Types and sizes of what the rank keeps, in elements."""
-    flat, states = engine.part.flat, engine.part.optimizer.states
+    flat, states = engine.parts[0].flat, engine.parts[0].optimizer.states
     kinds = ("param", "grad", "master", "exp_avg", "exp_avg_sq")
     return {
         **{f"{kind}_dtypes": {str(getattr(state, kind).dtype) for state in states} for kind in kinds},
         "parameters": flat.params.numel(),
         "gradients": flat.grads.numel(),
-        "module_dtypes": {str(p.dtype) for p in engine.part.model.parameters()},
-        "module_grads": sum(p.grad is not None for p in engine.part.model.parameters()),
+        "module_dtypes": {str(p.dtype) for p in engine.parts[0].model.parameters()},
+        "module_grads": sum(p.grad is not None for p in engine.parts[0].model.parameters()),
         "state": sum(state.exp_avg.numel() for state in states),
         "masters": sum(state.master.numel() for state in states if state.master.data_ptr() != state.param.data_ptr()),
         "buckets": len(flat.buckets),
@@ -131,7 +131,7 @@ def _facts(engine: TrainingStep) -> dict[str, object]:
 
 def _padding(engine: TrainingStep, buffer: torch.Tensor) -> float:
     """The largest magnitude in the padding rows of the vocabulary; 0 where the engine keeps them out of everything."""
-    flat, largest = engine.part.flat, 0.0
+    flat, largest = engine.parts[0].flat, 0.0
     for placement in flat.placements:
         outside = flat.view(buffer, placement)[placement.spec.held_shape[0] :]
         if outside.numel():

@@ -46,7 +46,7 @@ def _no_gather(original: Callable) -> Callable:
 
 def _mean_over_replicas(original: Callable) -> Callable:
     def mutated(self, bucket):
-        self.flat.grads[bucket.start : bucket.stop] /= self.dp.size
+        self.flat.grads[bucket.start : bucket.stop] /= self.replicas.size
         return original(self, bucket)
 
     return mutated
@@ -97,7 +97,7 @@ def _all_labels(step: training_step.TrainingStep) -> int:
 
 
 def _own_norm(step: training_step.TrainingStep) -> Tensor:
-    return step.part.optimizer.norm_squared()
+    return step.parts[0].optimizer.norm_squared()
 
 
 def _count_skipped(original: Callable) -> Callable:
@@ -114,7 +114,7 @@ def _own_overflow(original: Callable) -> Callable:
     """Whether to skip, and the scale with it, decided on each rank by its own gradients."""
 
     def mutated(self, totals, *arguments):
-        own = self.part.optimizer.norm_squared()
+        own = self.parts[0].optimizer.norm_squared()
         totals[0] = totals[0].where(totals[0].isfinite(), own)
         return original(self, totals, *arguments)
 

@@ -64,10 +64,10 @@ class Worker:
             return
         # Nobody may still be in a collective of a group whose sockets another rank closes.
         dist.barrier()
-        axes = [getattr(self._mesh, name) for name in ("tp", "cp", "dp", "pp", "embedding")]
-        for axis in axes:
-            if axis is not None and axis.group is not None:
-                dist.destroy_process_group(axis.group)
+        axes = [getattr(self._mesh, name) for name in ("tp", "cp", "dp", "pp", "replicas", "embedding")]
+        groups = {id(axis.group): axis.group for axis in axes if axis is not None and axis.group is not None}
+        for group in groups.values():
+            dist.destroy_process_group(group)
         self._mesh = self._degrees = None
 
 
