@@ -15,7 +15,10 @@ from megactl.engine.mesh import Axis
 
 
 class GradientReducer:
-    """Launches the reduction of each bucket of one model part as soon as its gradients are complete."""
+    """Launches the reduction of each bucket of one model part as soon as its gradients are complete. See `ShardedReducer` for ZeRO 2."""
+
+    # The buckets hold the sum over micro-batches: the first backward of a step overwrites, later ones add.
+    accumulates = True
 
     def __init__(self, model: nn.Module, flat: FlatParameters, replicas: Axis, *, zero: int, overlap: bool) -> None:
         self.flat, self.replicas, self.zero = flat, replicas, zero
@@ -37,6 +40,9 @@ class GradientReducer:
     def arm(self) -> None:
         """Say that the next backward is the last of this step."""
         self._armed = True
+
+    def end_micro_batch(self) -> None:
+        """Nothing: the last backward of a step alone reduces."""
 
     def flush(self) -> None:
         """Launch what is left; every gradient of this part is now complete."""

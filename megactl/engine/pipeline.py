@@ -1,7 +1,8 @@
 """The executor: walks the action list of this rank. Which order that is, the list alone decides (megactl.schedules).
 
 F         forward of one micro-batch on one stage; its tensors live under (stage, micro-batch) until the backward
-B         backward; the first of a step overwrites the gradient buffer, the last one lets buckets be reduced on the way
+B         backward; the first of a step overwrites the gradient buffer, the last one lets buckets be reduced on the way (from ZeRO 2
+          on each overwrites and reduces: megactl.engine.sharded_gradients)
 Exchange  posted as one batch and not waited for: a receive is waited for by the action that consumes it, a send when
           its exchange is two exchanges old (its tensor must live that long) or at the end
 REDUCE    launches what the last backward has not launched already
@@ -104,7 +105,7 @@ class _Step:
 
     def _micro_batch(self, part: Part, m: int) -> MicroBatch:
         batch = self.inputs.batches[m]
-        accumulate = self.trains and m != self.schedule.first_backward(part.virtual_stage)
+        accumulate = self.trains and part.reducer.accumulates and m != self.schedule.first_backward(part.virtual_stage)
         return MicroBatch(self.inputs.rng[m], batch.position_ids, attention_mask(batch), accumulate, self.inputs.dropout, batch.token_types)
 
     def _backward(self, action: Action) -> None:
@@ -114,7 +115,9 @@ class _Step:
         live = self.live.pop((stage, m))
         if m == self.schedule.last_backward(stage):
             self.parts[stage].reducer.arm()
-        torch.autograd.backward(live.y, gradient.to(live.y.dtype))
+        with self.parts[stage].backward():
+            torch.autograd.backward(live.y, gradient.to(live.y.dtype))
+        self.parts[stage].reducer.end_micro_batch()
         if stage > 0:
             self._hand_over(action, live.x.grad)
 

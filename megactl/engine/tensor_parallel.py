@@ -34,7 +34,7 @@ class _SumForward(Function):
         return grad, None
 
 
-def _sum_forward(x: Tensor, tp: Axis) -> Tensor:
+def sum_forward(x: Tensor, tp: Axis) -> Tensor:
     return _SumForward.apply(x, tp.group)
 
 
@@ -79,11 +79,13 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, in / tp] to [b, s, out], the same on every rank."""
         y = functional.linear(x, self.weight, accumulate=micro_batch.accumulate)
-        return functional.add_bias(_sum_forward(y, self.tp), self.bias, accumulate=micro_batch.accumulate)
+        return functional.add_bias(sum_forward(y, self.tp), self.bias, accumulate=micro_batch.accumulate)
 
 
 class VocabParallelEmbedding(nn.Module):
     """This rank's rows of a `VocabEmbedding`."""
+
+    is_table = True
 
     def __init__(self, whole: VocabEmbedding, tp: Axis) -> None:
         super().__init__()
@@ -95,7 +97,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
         """tokens [b, s] to [b, s, h]: each id is held by one rank, the others add zeros."""
         accumulate = micro_batch.accumulate or self.add_to_head
-        return _sum_forward(functional.embedding(tokens, self.weight, first_row=self.first_row, accumulate=accumulate), self.tp)
+        return sum_forward(functional.embedding(tokens, self.weight, first_row=self.first_row, accumulate=accumulate), self.tp)
 
 
 class _VocabReduce:

@@ -37,7 +37,7 @@ class Case:
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
     gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
     loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
-    `steps`: how many, with the rates in turn.
+    `steps`: how many, with the rates in turn. `threshold`, `prefetch`, `split_layers`, `tile`: of ZeRO 3.
     """
 
     tp: int = 1
@@ -65,6 +65,10 @@ class Case:
     scale: float | None = None
     window: int = 1000
     steps: int = len(RATES)
+    threshold: int = 0
+    prefetch: int = 1
+    split_layers: bool = False
+    tile: int = 1
 
     @property
     def world_size(self) -> int:
@@ -89,7 +93,8 @@ class Case:
             model=self._model(),
             parallel=Parallel(
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
-                bucket_size=self.bucket, overlap_grad_reduce=self.overlap,
+                bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self.threshold,
+                zero_prefetch=self.prefetch, split_layers=self.split_layers, tile=self.tile,
             ),
             training=Training(
                 micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
