@@ -9,8 +9,8 @@ the norm), so that the optimizer and the norm see a few long segments. A bucket 
 dp x ALIGNMENT elements: slice r of every bucket belongs to data-parallel rank r under ZeRO.
 
 With ZeRO 2 each bucket's gradients have a buffer of their own, whose memory is there only while a backward fills it; with ZeRO 3 so
-have the weights of a bucket that is `sharded`, while something reads them. Then a bucket is what one unit reads, and parameters below the persistence
-threshold, which stay whole, have buckets apart.
+have the weights of a bucket that is `sharded`, while something reads them. Then a bucket is what one unit reads, and parameters
+below the persistence threshold, which stay whole, have buckets apart.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _spec(
         name, logical, rectangle, local, module.initial[leaf],
         decay=parameter.ndim > 1,
         counted=not is_copy and (split_dim is not None or mesh.tp.rank == 0),
-        tied=mesh.pp.size > 1 and not model.config.untie_embeddings and name == "embedding.tokens.weight",
+        tied=None in (model.embedding, model.head) and not model.config.untie_embeddings and name == "embedding.tokens.weight",
         is_copy=is_copy, unit=reader[0], readers=(reader,),
     )  # fmt: skip
 
@@ -234,6 +234,7 @@ class FlatParameters:
             return flat[bucket.start : bucket.stop]
         # What autograd saves of a weight must not look changed when the weight is gathered again.
         return buffers[index].alias() if index in buffers else torch.zeros(bucket.numel, dtype=dtype, device=self.device)
+
     def _parameter(self, placement: Placement) -> nn.Parameter:
         view = nn.Parameter(self.in_bucket(self.bucket_params, placement))
         view.main_grad = self.in_bucket(self.bucket_grads, placement)

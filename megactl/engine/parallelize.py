@@ -20,7 +20,7 @@ from megactl.engine import ops
 from megactl.engine.data_parallel import GradientReducer
 from megactl.engine.flat import FlatParameters, Placement, Sharing
 from megactl.engine.gather import DeviceShard, WeightGatherer
-from megactl.engine.mesh import Mesh
+from megactl.engine.mesh import Mesh, stage_ranks
 from megactl.engine.models import MODELS
 from megactl.engine.sharded_gradients import ShardedReducer
 from megactl.engine.tensor_parallel import apply_tensor_parallel
@@ -64,7 +64,8 @@ def main_dtype(run: Run) -> torch.dtype:
 
 def build_parts(run: Run, mesh: Mesh) -> list[Part]:
     """This rank's share of each of its stages, in the order of the model. `run` is resolved."""
-    return [build_part(run, mesh, mesh.pp.rank, mesh.pp.size)]
+    ranks = stage_ranks(run.parallel)
+    return [build_part(run, mesh, stage, len(ranks)) for stage, rank in enumerate(ranks) if rank == mesh.pp.rank]
 
 
 def build_part(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> Part:

@@ -18,6 +18,7 @@ from torch import Tensor, empty_like
 
 from megactl.engine.collectives import reduce_scatter
 from megactl.engine.flat import FlatParameters
+from megactl.engine.functional import WeightQueue
 from megactl.engine.mesh import Axis
 
 
@@ -29,6 +30,7 @@ class ShardedReducer:
 
     def __init__(self, flat: FlatParameters, shards: Sequence[Tensor], replicas: Axis, *, overlap: bool) -> None:
         self.flat, self.shards, self.replicas, self.overlap = flat, shards, replicas, overlap
+        self._deferred: WeightQueue | None = None
         self._filling: list[int] = []
         self._begun: set[int] = set()
         self._travelling: deque[tuple[int, Callable[[], None]]] = deque()
@@ -40,17 +42,19 @@ class ShardedReducer:
         """Nothing."""
 
     def before_backward(self, unit: int) -> None:
-        """Take memory for the gradients of the unit."""
-        for index, bucket in enumerate(self.flat.buckets):
-            if index not in self._filling and any(reader == unit for reader, _ in bucket.readers):
-                self._open(index)
+        """Take memory for the gradients of the unit, or note it on the queue of what is put off."""
+        self._in_turn(partial(self._begin, unit))
 
     def after_backward(self, unit: int) -> None:
-        """Reduce the buckets that are complete with it."""
-        self._close([index for index in self._filling if self.flat.buckets[index].unit == unit])
+        """Reduce the buckets that are complete with it; see `before_backward`."""
+        self._in_turn(partial(self._complete, unit))
 
     def arm(self) -> None:
         """Nothing: every backward reduces, not only the last of a step."""
+
+    def defer_to(self, queue: WeightQueue | None) -> None:
+        """Say where the next backward puts its weight gradients off to; None: it computes them."""
+        self._deferred = queue
 
     def end_micro_batch(self) -> None:
         """Reduce what no input's gradient gave notice of; every gradient of one micro-batch is now there."""
@@ -63,6 +67,20 @@ class ShardedReducer:
         """Return once every shard holds its sum, ready for the next step."""
         self._arrive()
         self._begun.clear()
+
+    def _in_turn(self, work: Callable[[], None]) -> None:
+        if self._deferred is None:
+            work()
+        else:
+            self._deferred.add(work)
+
+    def _begin(self, unit: int) -> None:
+        for index, bucket in enumerate(self.flat.buckets):
+            if index not in self._filling and any(reader == unit for reader, _ in bucket.readers):
+                self._open(index)
+
+    def _complete(self, unit: int) -> None:
+        self._close([index for index in self._filling if self.flat.buckets[index].unit == unit])
 
     def _open(self, index: int) -> None:
         if any(index == travelling for travelling, _ in self._travelling):

@@ -79,7 +79,7 @@ class TiledRow(nn.Module):
         for tile, part in zip(self.tiles[1:], parts[1:], strict=True):
             y = y + tile(part, micro_batch)
         y = y if self.tp is None else sum_forward(y, self.tp)
-        return y if self.bias is None else functional.add_bias(y, self.bias, accumulate=micro_batch.accumulate)
+        return y if self.bias is None else functional.add_bias(y, self.bias, **micro_batch.weight_options())
 
 
 class _SumBackward(Function):

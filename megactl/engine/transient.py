@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class TransientBuffer:
-    """`numel` elements without memory at first, apart from what views are made of by the caller before the first `release`."""
+    """`numel` elements. There is memory at first, since views cannot be made without; then between `allocate` and `release`."""
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         self.whole = torch.empty(numel, dtype=dtype, device=device)
@@ -22,7 +22,7 @@ class TransientBuffer:
         self._bytes = self._storage.nbytes()
 
     def alias(self) -> Tensor:
-        """A tensor over the same memory with a version counter of its own: filling `whole` again does not make what was saved of it stale."""
+        """A tensor over the same memory with a version counter of its own: what was saved of it is not stale when `whole` is filled."""
         return torch.empty(0, dtype=self.whole.dtype, device=self.whole.device).set_(self._storage, 0, self.whole.shape)
 
     @property
