@@ -2,6 +2,7 @@
 
 F         forward of one micro-batch on one stage; its tensors live under (stage, micro-batch) until the backward
 B         backward; the first of a step overwrites the gradient buffer, the last one lets buckets be reduced on the way
+I, W      backward in two parts: I makes the input gradient and puts the weight gradients on a queue, W computes them
 Exchange  posted as one batch and not waited for: a receive is waited for by the action that consumes it, a send when
           its exchange is two exchanges old (its tensor must live that long) or at the end
 REDUCE    launches what the last backward has not launched already
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from megactl.engine.collectives import exchange
 from megactl.engine.data.batch import Batch
+from megactl.engine.functional import WeightQueue
 from megactl.engine.mesh import Mesh
 from megactl.engine.models.layers import MicroBatch, Targets
 from megactl.engine.parallelize import Part
-from megactl.schedules import Action, Exchange, Kind, LoweredSchedule
+from megactl.schedules import INPUT_GRADIENT, Action, Exchange, Kind, LoweredSchedule
 
 # Exchanges whose sends may be under way: one whose peer is computing and the one after it.
 _OPEN_EXCHANGES = 2
@@ -29,10 +31,11 @@ _OPEN_EXCHANGES = 2
 
 @dataclass
 class _Live:
-    """A micro-batch between its forward and its backward on one stage."""
+    """A micro-batch between its forward and its backward on one stage. `deferred`: where a backward in two parts leaves the second."""
 
     x: Tensor
     y: Tensor
+    deferred: WeightQueue | None
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,22 @@ class _Step:
         self.executor, self.schedule, self.inputs = executor, schedule, inputs
         self.mesh, self.parts = executor.mesh, executor.parts
         self.live: dict[tuple[int, int], _Live] = {}
+        self.deferred: dict[tuple[int, int], WeightQueue] = {}
         self.local: dict[tuple, Tensor] = {}
         self.arriving: dict[tuple, tuple[Tensor, object]] = {}
         self.outgoing: dict[tuple, Tensor] = {}
         self.open: deque[list[tuple[Tensor, object]]] = deque()
-        self.trains = any(isinstance(item, Action) and item.kind is Kind.B for item in schedule.program(self.mesh.pp.rank))
+        actions = schedule.compute_program(self.mesh.pp.rank)
+        self.trains = any(action.kind in INPUT_GRADIENT for action in actions)
+        self.split = {(action.virtual_stage, action.microbatch) for action in actions if action.kind is Kind.I}
         self.loss_sums = torch.zeros_like(inputs.loss_gradient)
         self.loss_counts = torch.zeros_like(inputs.loss_gradient)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Walk this rank's program."""
-        do: dict[Kind, Callable[[Action], None]] = {Kind.F: self._forward, Kind.B: self._backward, Kind.REDUCE: self._reduce}
+        do: dict[Kind, Callable[[Action], None]] = {
+            Kind.F: self._forward, Kind.B: self._backward, Kind.I: self._backward, Kind.W: self._weights, Kind.REDUCE: self._reduce,
+        }  # fmt: skip
         with torch.set_grad_enabled(self.trains):
             for item in self.schedule.program(self.mesh.pp.rank):
                 if isinstance(item, Exchange):
@@ -91,7 +99,8 @@ class _Step:
         x = batch.tokens if stage == 0 else self._take(action)
         if stage > 0 and self.trains:
             x.requires_grad_()
-        y = part.model(x, self._micro_batch(part, m))
+        micro_batch = self._micro_batch(part, m)
+        y = part.model(x, micro_batch)
         if stage == self.schedule.num_stages - 1:
             targets = targets_of(batch, torch.promote_types(self.executor.dtype, torch.float32))
             y = part.model.loss_sums(y, targets)
@@ -100,23 +109,36 @@ class _Step:
         else:
             self._hand_over(action, y.detach())
         if self.trains:
-            self.live[stage, m] = _Live(x, y)
+            self.live[stage, m] = _Live(x, y, micro_batch.deferred)
 
     def _micro_batch(self, part: Part, m: int) -> MicroBatch:
         batch = self.inputs.batches[m]
         accumulate = self.trains and m != self.schedule.first_backward(part.virtual_stage)
-        return MicroBatch(self.inputs.rng[m], batch.position_ids, attention_mask(batch), accumulate, self.inputs.dropout, batch.token_types)
+        return MicroBatch(
+            self.inputs.rng[m], batch.position_ids, attention_mask(batch), accumulate, self.inputs.dropout, batch.token_types,
+            WeightQueue() if (part.virtual_stage, m) in self.split else None,
+        )  # fmt: skip
 
     def _backward(self, action: Action) -> None:
         stage, m = action.virtual_stage, action.microbatch
         last = stage == self.schedule.num_stages - 1
         gradient = self.inputs.loss_gradient if last else self._take(action)
         live = self.live.pop((stage, m))
-        if m == self.schedule.last_backward(stage):
-            self.parts[stage].reducer.arm()
+        reducer = self.parts[stage].reducer
+        reducer.defer_to(live.deferred)
+        if live.deferred is not None:
+            self.deferred[stage, m] = live.deferred
+        elif m == self.schedule.last_backward(stage):
+            reducer.arm()
         torch.autograd.backward(live.y, gradient.to(live.y.dtype))
         if stage > 0:
             self._hand_over(action, live.x.grad)
+
+    def _weights(self, action: Action) -> None:
+        stage, m = action.virtual_stage, action.microbatch
+        if m == self.schedule.last_backward(stage):
+            self.parts[stage].reducer.arm()
+        self.deferred.pop((stage, m)).run()
 
     def _reduce(self, action: Action) -> None:
         self.parts[action.virtual_stage].reducer.flush()

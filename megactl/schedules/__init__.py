@@ -15,7 +15,15 @@ from megactl.schedules.actions import (
     assign_slots,
     build,
 )
-from megactl.schedules.generators import GENERATORS, Generator, generate, max_live_microbatches
+from megactl.schedules.generators import (
+    GENERATORS,
+    Generator,
+    generate,
+    max_live_microbatches,
+    max_live_on_rank,
+    num_chunks,
+    placement,
+)
 from megactl.schedules.lowering import lower
 from megactl.schedules.simulation import Span, Timeline, simulate
 from megactl.schedules.validation import validate
@@ -43,6 +51,9 @@ __all__ = [
     "generate",
     "lower",
     "max_live_microbatches",
+    "max_live_on_rank",
+    "num_chunks",
+    "placement",
     "simulate",
     "text_view",
     "validate",
