@@ -1,8 +1,8 @@
 """The one place where a plain model becomes a parallel one.
 
 In this order: build the stage's layers without memory (meta device), cut them over the tensor-parallel ranks, cut what is left into
-tiles, put it into flat buffers, add the optimizer, hook the reduction of gradients and the gathering of weights, draw the initial
-values of exactly those parts.
+tiles, settle what is computed again in backward, put the weights into flat buffers, add the optimizer, hook the reduction of gradients
+and the gathering of weights, draw the initial values of exactly those parts.
 Initial values are drawn by canonical name and global element, so every layout starts from the same model.
 """
 
@@ -17,6 +17,7 @@ from torch import nn
 from megactl.config.schema import Run
 from megactl.costmodel.parameters import padded_vocab, split_layers
 from megactl.engine import ops
+from megactl.engine.activations import apply_recompute
 from megactl.engine.data_parallel import GradientReducer
 from megactl.engine.flat import FlatParameters, Placement, Sharing
 from megactl.engine.gather import DeviceShard, WeightGatherer
@@ -71,6 +72,7 @@ def build_parts(run: Run, mesh: Mesh) -> list[Part]:
 def build_part(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> Part:
     """This rank's share of one stage. `run` is resolved."""
     model, parallel = build_stage(run, mesh, virtual_stage, num_stages), run.parallel
+    apply_recompute(model, run, mesh)
     units = units_of(model, split_layers=parallel.split_layers)
     flat = FlatParameters(
         model, mesh, units, dtype=compute_dtype(run), main_dtype=main_dtype(run), bucket_size=parallel.bucket_size,

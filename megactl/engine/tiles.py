@@ -71,14 +71,14 @@ class TiledRow(nn.Module):
         self.initial, self.bias = whole.initial, whole.bias
         self.tiles = nn.ModuleList(Tile(whole, index, count, 1) for index in range(count))
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, in], or this rank's inputs, to [b, s, out]."""
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, in], or this rank's inputs, to [b, s, out]; `unread`: see `functional.linear`."""
         # split, not slices: its backward puts the gradients side by side in one copy.
         parts = torch.split(x, x.shape[-1] // len(self.tiles), -1)
-        y = self.tiles[0](parts[0], micro_batch)
+        y = self.tiles[0](parts[0], micro_batch, unread=unread)
         for tile, part in zip(self.tiles[1:], parts[1:], strict=True):
-            y = y + tile(part, micro_batch)
-        y = y if self.tp is None else sum_forward(y, self.tp)
+            y = y + tile(part, micro_batch, unread=unread)
+        y = y if self.tp is None or unread else sum_forward(y, self.tp)
         return y if self.bias is None else functional.add_bias(y, self.bias, **micro_batch.weight_options())
 
 
