@@ -17,7 +17,7 @@ from megactl.costmodel.parameters import padded_vocab, split_layers
 from megactl.engine import ops
 from megactl.engine.data_parallel import GradientReducer
 from megactl.engine.flat import FlatParameters, Placement
-from megactl.engine.mesh import Mesh
+from megactl.engine.mesh import Mesh, stage_ranks
 from megactl.engine.models import MODELS
 from megactl.engine.tensor_parallel import apply_tensor_parallel
 from megactl.engine.zero import ShardedOptimizer
@@ -48,7 +48,8 @@ def main_dtype(run: Run) -> torch.dtype:
 
 def build_parts(run: Run, mesh: Mesh) -> list[Part]:
     """This rank's share of each of its stages, in the order of the model. `run` is resolved."""
-    return [build_part(run, mesh, mesh.pp.rank, mesh.pp.size)]
+    ranks = stage_ranks(run.parallel)
+    return [build_part(run, mesh, stage, len(ranks)) for stage, rank in enumerate(ranks) if rank == mesh.pp.rank]
 
 
 def build_part(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> Part:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from megactl.config.schema import Data, Model, Optimizer, Parallel, Run, Training
+from megactl.schedules import num_chunks
 from parity.corpus import SEQ_LENGTH, VOCAB_SIZE
 
 MICRO_BATCH = 2
@@ -37,7 +38,7 @@ class Case:
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
     gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
     loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
-    `steps`: how many, with the rates in turn.
+    `steps`: how many, with the rates in turn. `vpp`: stages a rank, of one layer or more; `scatter`: scatter-gather.
     """
 
     tp: int = 1
@@ -65,6 +66,8 @@ class Case:
     scale: float | None = None
     window: int = 1000
     steps: int = len(RATES)
+    vpp: int = 1
+    scatter: bool = True
 
     @property
     def world_size(self) -> int:
@@ -89,7 +92,7 @@ class Case:
             model=self._model(),
             parallel=Parallel(
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
-                bucket_size=self.bucket, overlap_grad_reduce=self.overlap,
+                bucket_size=self.bucket, overlap_grad_reduce=self.overlap, virtual_pipeline=self.vpp, scatter_gather=self.scatter,
             ),
             training=Training(
                 micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
@@ -120,7 +123,7 @@ class Case:
 
     def _model(self) -> Model:
         # Without a pipeline two layers show all that four would, in half the reductions; a stage of two pipeline ranks has two as well.
-        layers = {1: 2, 2: 4, 4: 4, 8: 8}[self.pp]
+        layers = max({1: 2, 2: 4, 4: 4, 8: 8}[self.pp], self.pp * num_chunks(self.schedule, self.vpp))
         # A larger deviation than usual: at width 32 the usual one leaves attention and residual branches close to nothing.
         return Model(
             num_layers=layers, hidden_size=32, num_heads=8, ffn_size=64, vocab_size=VOCAB_SIZE, max_positions=SEQ_LENGTH,
