@@ -76,10 +76,11 @@ class RowParallelLinear(nn.Module):
         self.weight, self.bias = _shard(whole.weight, 1, tp.size), whole.bias
         self.split_dim = {"weight": 1}
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, in / tp] to [b, s, out], the same on every rank."""
-        y = functional.linear(x, self.weight, **micro_batch.weight_options())
-        return functional.add_bias(_sum_forward(y, self.tp), self.bias, **micro_batch.weight_options())
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, in / tp] to [b, s, out], the same on every rank; `unread` (see `functional.linear`) spares the sum as well."""
+        y = functional.linear(x, self.weight, **micro_batch.weight_options(), unread=unread)
+        y = y if unread else _sum_forward(y, self.tp)
+        return functional.add_bias(y, self.bias, **micro_batch.weight_options())
 
 
 class VocabParallelEmbedding(nn.Module):

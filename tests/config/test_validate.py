@@ -129,6 +129,30 @@ RULES = [
     (["data.data_cache=x"], 1, "generated tokens have no sample index"),
     (["data.split=9,1"], 1, "--split 9,1 with --mock-data: generated tokens are as many as a run asks for"),
     (["training.max_skipped_iterations=-1"], 1, "--max-skipped-iterations -1: must be at least 0; use 0 to go on skipping"),
+    (["memory.recompute_method=block"], 1, "--recompute-method block with --recompute none (default): only full recomputation has groups"),
+    (
+        ["memory.recompute=selective", "memory.recompute_layers=2"],
+        1,
+        "--recompute-layers 2 with --recompute selective: only full recomputation has groups of layers; use --recompute full, or leave",
+    ),
+    (["memory.recompute=full", "memory.recompute_layers=5"], 1, "--recompute-layers 5: is more than --layers 4 (preset gpt-tiny); use"),
+    (["memory.recompute=full", "memory.recompute_layers=0"], 1, "--recompute-layers 0: must be at least 1; use 1 or more"),
+    (
+        ["memory.partition_activations=true", "parallel.tensor_parallel=2"],
+        2,
+        "--partition-activations with --recompute none (default): only the inputs that full recomputation saves are the same on all",
+    ),
+    (
+        ["memory.partition_activations=true", "memory.recompute=full"],
+        1,
+        "--partition-activations with --tp 1 (default): saved inputs are shared over the ranks of --tp, and there is one; use --tp 2",
+    ),
+    (
+        ["memory.offload=activations", "memory.recompute=selective"],
+        1,
+        "--offload activations with --recompute selective: only the inputs of recomputed layers are few enough bytes to copy beside",
+    ),
+    (["memory.offload=activation"], 1, "'activation' is not one of optimizer, parameters, activations; such as --offload optimizer"),
     (["parallel.data_parallel=3"], 4, "--dp 3: needs 3 ranks, 4 were started; use --dp 4"),
     (
         ["parallel.data_parallel=8"],

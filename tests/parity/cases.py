@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from megactl.config.schema import Data, Model, Optimizer, Parallel, Run, Training
+from megactl.config.schema import Data, Memory, Model, Optimizer, Parallel, Run, Training
 from megactl.schedules import num_chunks
 from parity.corpus import SEQ_LENGTH, VOCAB_SIZE
 
@@ -39,6 +39,7 @@ class Case:
     gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
     loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
     `steps`: how many, with the rates in turn. `vpp`: stages a rank, of one layer or more; `scatter`: scatter-gather.
+    `layers`: None for as many as show everything in the layout.
     """
 
     tp: int = 1
@@ -68,6 +69,12 @@ class Case:
     steps: int = len(RATES)
     vpp: int = 1
     scatter: bool = True
+    recompute: str = "none"
+    recompute_method: str = "uniform"
+    recompute_layers: int = 1
+    partition: bool = False
+    offload: str | None = None
+    layers: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -98,6 +105,10 @@ class Case:
                 micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
                 precision=self.precision, device="cpu", seed=self.seed, **self._loss_scale(),
             ),
+            memory=Memory(
+                recompute=self.recompute, recompute_method=self.recompute_method, recompute_layers=self.recompute_layers,
+                partition_activations=self.partition, offload=self.offload,
+            ),
             # In fp32 a large epsilon: where a gradient is zero but for rounding (the key's bias), a small one divides noise by noise.
             optimizer=Optimizer(clip_grad=self.clip, weight_decay=0.1, epsilon=1e-8 if self.precision == "fp64" else 1e-4),
             data=Data(mock_data=True) if self.model == "bert" else Data(
@@ -126,7 +137,7 @@ class Case:
         layers = max({1: 2, 2: 4, 4: 4, 8: 8}[self.pp], self.pp * num_chunks(self.schedule, self.vpp))
         # A larger deviation than usual: at width 32 the usual one leaves attention and residual branches close to nothing.
         return Model(
-            num_layers=layers, hidden_size=32, num_heads=8, ffn_size=64, vocab_size=VOCAB_SIZE, max_positions=SEQ_LENGTH,
+            num_layers=self.layers or layers, hidden_size=32, num_heads=8, ffn_size=64, vocab_size=VOCAB_SIZE, max_positions=SEQ_LENGTH,
             untie_embeddings=not self.tied, hidden_dropout=self.dropout, attention_dropout=self.dropout, init_std=0.2,
             gelu=self.gelu, attention=self.attention, architecture=self.model, norm_position=self.norm,
             sentence_head=self.sentence if self.model == "bert" else None,
