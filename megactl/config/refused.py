@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from megactl.config.memory import OFFLOADABLE
 from megactl.config.schema import Data, Run
 from megactl.config.shown import Names
 from megactl.errors import Problem
@@ -81,12 +82,12 @@ _UNFINISHED: tuple[Refusal, ...] = (
     _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
     _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
     _unfinished("parallel.pipeline_split", lambda run: run.parallel.pipeline_split is not None, "leave --pp-split out"),
-    _unfinished("parallel.zero", lambda run: (run.parallel.zero or 0) > 1, "use --zero 1"),
+    _unfinished("parallel.zero", lambda run: run.parallel.zero in (2, 3), "use --zero 1"),
     _unfinished("parallel.split_layers", lambda run: run.parallel.split_layers, "leave --split-layers out"),
     _unfinished("parallel.tile", lambda run: run.parallel.tile > 1, "use --tile 1"),
     _unfinished("memory.recompute", lambda run: run.memory.recompute != "none", "use --recompute none"),
     _unfinished("memory.partition_activations", lambda run: run.memory.partition_activations, "leave --partition-activations out"),
-    _unfinished("memory.offload", lambda run: run.memory.offload is not None, "leave --offload out"),
+    _unfinished("memory.offload", lambda run: run.memory.offload in OFFLOADABLE, "leave --offload out"),
 )
 
 
