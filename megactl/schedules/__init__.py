@@ -22,6 +22,7 @@ from megactl.schedules.generators import (
     max_live_microbatches,
     max_live_on_rank,
     num_chunks,
+    peak_live,
     placement,
 )
 from megactl.schedules.lowering import lower
@@ -53,6 +54,7 @@ __all__ = [
     "max_live_microbatches",
     "max_live_on_rank",
     "num_chunks",
+    "peak_live",
     "placement",
     "simulate",
     "text_view",
