@@ -135,13 +135,36 @@ _UNFINISHED: tuple[Refusal, ...] = (
     _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
     _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
     _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
-    _unfinished("parallel.pipeline_split", lambda run: run.parallel.pipeline_split is not None, "leave --pp-split out"),
     _unfinished("memory.offload", lambda run: bool(_offloaded(run) - {"activations"}), "use --offload activations"),
 )
 
 
 REFUSED: tuple[Refusal, ...] = (
     *_UNFINISHED,
+    Refusal(
+        ("parallel.virtual_pipeline", "parallel.pipeline_parallel"),
+        lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.pipeline_parallel == 1,
+        "one pipeline rank waits for no other, so there is no bubble that more chunks could shorten",
+        "use --vpp 1, or --pp 2 or more",
+    ),
+    Refusal(
+        ("parallel.virtual_pipeline", "parallel.schedule"),
+        lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.schedule == "zb-v",
+        "the V has two chunks on each rank, no more and no less",
+        "leave --vpp out, or use --schedule 1f1b",
+    ),
+    Refusal(
+        ("parallel.virtual_pipeline", "parallel.schedule"),
+        lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.schedule in ("gpipe", "zb-h1", "zb-h2"),
+        "this order is made for one stage a rank, and only 1f1b is interleaved",
+        "use --schedule 1f1b, or --vpp 1",
+    ),
+    Refusal(
+        ("parallel.pipeline_split", "parallel.pipeline_parallel"),
+        lambda run: run.parallel.pipeline_split is not None and run.parallel.pipeline_parallel == 1,
+        "one pipeline rank holds all layers, and there is nothing to split",
+        "use --pp 2 or more, or leave --pp-split out",
+    ),
     Refusal(
         ("training.precision", "training.device"),
         lambda run: run.training.precision == "fp64" and run.training.device == "cuda",

@@ -123,6 +123,39 @@ RULES = [
         "INCREMENT 1 of --rampup-batch-size '2 1 100': must be a multiple of",
     ),
     (["model.sentence_head=false"], 1, "--no-sentence-head with --model gpt (preset gpt-tiny): only BERT is trained on sentence pairs"),
+    (
+        ["parallel.pipeline_parallel=2", "parallel.virtual_pipeline=3"],
+        2,
+        "the 6 stages of --pp 2 with --vpp 3: must divide --layers 4 (preset gpt-tiny); use --layers 6, or --pp-split",
+    ),
+    (
+        ["parallel.pipeline_parallel=3", "parallel.schedule=zb-v"],
+        3,
+        "the 6 stages of --pp 3 with --schedule zb-v: must divide --layers 4 (preset gpt-tiny); use --layers 6, or --pp-split",
+    ),
+    (["parallel.virtual_pipeline=2"], 1, "--vpp 2 with --pp 1 (default): one pipeline rank waits for no other"),
+    (
+        ["parallel.pipeline_parallel=2", "parallel.virtual_pipeline=2", "parallel.schedule=zb-v"],
+        2,
+        "--vpp 2 with --schedule zb-v: the V has two chunks on each rank",
+    ),
+    (
+        ["parallel.pipeline_parallel=2", "parallel.virtual_pipeline=2", "parallel.schedule=zb-h1"],
+        2,
+        "--vpp 2 with --schedule zb-h1: this order is made for one stage a rank",
+    ),
+    (["parallel.pipeline_split=4"], 1, "--pp-split 4 with --pp 1 (default): one pipeline rank holds all layers"),
+    (
+        ["parallel.pipeline_parallel=2", "parallel.pipeline_split=1,2,1"],
+        2,
+        "--pp-split 1,2,1: has 3 numbers for 2 stages; such as --pp-split 2,2",
+    ),
+    (["parallel.pipeline_parallel=2", "parallel.pipeline_split=2,3"], 2, "--pp-split 2,3: has 5 layers, and the model has 4"),
+    (
+        ["parallel.pipeline_parallel=2", "parallel.pipeline_split=embeding"],
+        2,
+        "--pp-split embeding: must be numbers of layers, or embedding",
+    ),
     (["checkpoint.load_weights=true"], 1, "--load-weights: says what to take from --load"),
     (["checkpoint.load=x", "checkpoint.resume=must", "logging.run_dir=r"], 1, "--load x with --resume must: a run either starts"),
     (["checkpoint.resume=must"], 1, "without --run-dir the run directory is new"),
@@ -164,7 +197,7 @@ RULES = [
 
 @pytest.mark.parametrize(("assignments", "world", "message"), RULES, ids=[" ".join(rule[0]) for rule in RULES])
 def test_each_rule_alone(assignments, world, message):
-    found = problems(*assignments, world=world)
+    found = [problem for problem in problems(*assignments, world=world) if "is not finished in this tree" not in problem]
     assert len(found) == 1 and message in found[0], found
 
 
