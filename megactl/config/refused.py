@@ -135,9 +135,6 @@ _UNFINISHED: tuple[Refusal, ...] = (
     _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
     _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
     _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
-    _unfinished("parallel.zero", lambda run: run.parallel.zero in (2, 3), "use --zero 1"),
-    _unfinished("parallel.split_layers", lambda run: run.parallel.split_layers, "leave --split-layers out"),
-    _unfinished("parallel.tile", lambda run: run.parallel.tile > 1, "use --tile 1"),
     _unfinished("memory.offload", lambda run: bool(_offloaded(run) - {"activations"}), "use --offload activations"),
 )
 

@@ -34,7 +34,8 @@ class _SumForward(Function):
         return grad, None
 
 
-def _sum_forward(x: Tensor, tp: Axis) -> Tensor:
+def sum_forward(x: Tensor, tp: Axis) -> Tensor:
+    """Sum of `x` over the ranks, in place; its gradient is the same on every rank."""
     return _SumForward.apply(x, tp.group)
 
 
@@ -79,12 +80,14 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
         """x [b, s, in / tp] to [b, s, out], the same on every rank; `unread` (see `functional.linear`) spares the sum as well."""
         y = functional.linear(x, self.weight, **micro_batch.weight_options(), unread=unread)
-        y = y if unread else _sum_forward(y, self.tp)
+        y = y if unread else sum_forward(y, self.tp)
         return functional.add_bias(y, self.bias, **micro_batch.weight_options())
 
 
 class VocabParallelEmbedding(nn.Module):
     """This rank's rows of a `VocabEmbedding`."""
+
+    is_table = True
 
     def __init__(self, whole: VocabEmbedding, tp: Axis) -> None:
         super().__init__()
@@ -96,7 +99,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
         """tokens [b, s] to [b, s, h]: each id is held by one rank, the others add zeros."""
         options = micro_batch.weight_options(self.add_to_head)
-        return _sum_forward(functional.embedding(tokens, self.weight, first_row=self.first_row, **options), self.tp)
+        return sum_forward(functional.embedding(tokens, self.weight, first_row=self.first_row, **options), self.tp)
 
 
 class _VocabReduce:

@@ -204,7 +204,10 @@ def test_each_rule_alone(assignments, world, message):
 def test_every_refused_combination_has_a_test():
     reasons = {row.reason for row in REFUSED} - {"is not finished in this tree"}
     covered = {reason for reason in reasons if any(reason[:18] in message for _, _, message in RULES)}
-    assert reasons - covered == {"fp64 is for verification and runs on the CPU only"}
+    needs_sp = "under sequence parallelism a rank's saved inputs are its own share of the tokens already"
+    assert reasons - covered == {"fp64 is for verification and runs on the CPU only", needs_sp}
+    shared = ["memory.recompute=full", "memory.partition_activations=true", "parallel.sequence_parallel=true", "parallel.tensor_parallel=2"]
+    assert any(f"--partition-activations with --sp: {needs_sp}; leave" in line for line in problems(*shared, world=2))
     assert "fp64 is for verification and runs on the CPU only" in problems("training.precision=fp64", "training.device=cuda", gpus=1)[0]
 
 

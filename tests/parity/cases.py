@@ -38,8 +38,8 @@ class Case:
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
     gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
     loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
-    `steps`: how many, with the rates in turn. `vpp`: stages a rank, of one layer or more; `scatter`: scatter-gather.
-    `layers`: None for as many as show everything in the layout.
+    `steps`: how many, with the rates in turn. `threshold`, `prefetch`, `split_layers`, `tile`: of ZeRO 3. `vpp`: stages a rank, of one
+    layer or more; `scatter`: scatter-gather. `layers`: None for as many as show everything in the layout.
     """
 
     tp: int = 1
@@ -67,6 +67,10 @@ class Case:
     scale: float | None = None
     window: int = 1000
     steps: int = len(RATES)
+    threshold: int = 0
+    prefetch: int = 1
+    split_layers: bool = False
+    tile: int = 1
     vpp: int = 1
     scatter: bool = True
     recompute: str = "none"
@@ -99,7 +103,9 @@ class Case:
             model=self._model(),
             parallel=Parallel(
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
-                bucket_size=self.bucket, overlap_grad_reduce=self.overlap, virtual_pipeline=self.vpp, scatter_gather=self.scatter,
+                bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self.threshold,
+                zero_prefetch=self.prefetch, split_layers=self.split_layers, tile=self.tile, virtual_pipeline=self.vpp,
+                scatter_gather=self.scatter,
             ),
             training=Training(
                 micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,

@@ -110,6 +110,7 @@ class LayerNorm(nn.Module):
 class VocabEmbedding(nn.Module):
     """Token ids to vectors. `rows` counts padding; `vocab_size` does not."""
 
+    is_table = True
     split: Split = "vocab"
 
     def __init__(self, vocab_size: int, rows: int, hidden: int, std: float) -> None:
@@ -126,6 +127,8 @@ class VocabEmbedding(nn.Module):
 
 class WholeEmbedding(nn.Module):
     """Ids to learned vectors, of a table that every rank holds whole: positions, token types."""
+
+    is_table = True
 
     def __init__(self, rows: int, hidden: int, std: float) -> None:
         super().__init__()

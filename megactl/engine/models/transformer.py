@@ -45,13 +45,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, s, h]."""
+        return self.feed_forward(*self.attend(x, micro_batch), micro_batch)
+
+    def attend(self, x: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """First half: attention's branch, and the residual it is to be added to, each [b, s, h]."""
+        return self.attention(self.attention_norm(x, micro_batch) if self.pre_norm else x, micro_batch), x
+
+    def feed_forward(self, branch: Tensor, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Second half: it begins with the addition, so that this and the norm behind it are one pass wherever a layer is cut in two."""
         if self.pre_norm:
-            branch = self.attention(self.attention_norm(x, micro_batch), micro_batch)
             y, x = add_norm(self.attention_dropout, self.mlp_norm, branch, x, micro_batch)
             # Neither dropout nor an addition reads its inputs in backward; the norm after them, below, does.
             return self.mlp_dropout(self.mlp(y, micro_batch, unread=micro_batch.unread), x, micro_batch)
-        x, _ = add_norm(self.attention_dropout, self.attention_norm, self.attention(x, micro_batch), x, micro_batch)
+        x, _ = add_norm(self.attention_dropout, self.attention_norm, branch, x, micro_batch)
         return add_norm(self.mlp_dropout, self.mlp_norm, self.mlp(x, micro_batch), x, micro_batch)[0]
+
+    def halves(self) -> dict[str, list[nn.Module]]:
+        """The methods that run half a layer each, and the modules they read."""
+        attention, rest = [self.attention], [self.attention_dropout, self.mlp_norm, self.mlp, self.mlp_dropout]
+        (attention if self.pre_norm else rest).insert(0, self.attention_norm)
+        return {"attend": attention, "feed_forward": rest}
 
 
 def add_norm(dropout: Dropout, norm: LayerNorm, branch: Tensor, x: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
