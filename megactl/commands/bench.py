@@ -10,12 +10,13 @@ import typer
 
 from megactl.commands.common import emit_json, say
 from megactl.commands.tables import markdown_table, show_table
+from megactl.commands.typer_app import App
 from megactl.errors import ConfigError, MegactlError, Problem
 
 if TYPE_CHECKING:
     from megactl.engine.bench import Plan, Row
 
-app = typer.Typer(help="Time the compiled operators beside torch's.", no_args_is_help=True)
+app = App(help="Time the compiled operators beside torch's.")
 
 _HEADER = ("operator", "direction", "size", "shape", "type", "megactl", "eager", "compile", "copy")
 _HEADER += ("GB/s", "of copy", "against torch", "verdict")
