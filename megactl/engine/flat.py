@@ -127,7 +127,8 @@ def _spec(model: nn.Module, prefix: str, module: nn.Module, leaf: str, parameter
     is_copy = name != own_name
     return ParameterSpec(
         name, tuple(logical), tuple(rectangle), local, module.initial[leaf],
-        decay=parameter.ndim > 1,
+        # SwiGLU's bias has two dimensions.
+        decay=parameter.ndim > 1 and leaf != "bias",
         counted=not is_copy and (split_dim is not None or mesh.tp.rank == 0),
         tied=mesh.pp.size > 1 and not model.config.untie_embeddings and name == "embedding.tokens.weight",
         is_copy=is_copy, unit=unit,

@@ -37,7 +37,7 @@ class Case:
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
     gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
     loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
-    `steps`: how many, with the rates in turn.
+    `steps`: how many, with the rates in turn. `positions` to `bias`: what Llama-shaped models have otherwise.
     """
 
     tp: int = 1
@@ -65,6 +65,11 @@ class Case:
     scale: float | None = None
     window: int = 1000
     steps: int = len(RATES)
+    positions: str = "learned"
+    normalization: str = "layernorm"
+    activation: str = "gelu"
+    kv_heads: int | None = None
+    bias: bool = True
 
     @property
     def world_size(self) -> int:
@@ -126,7 +131,8 @@ class Case:
             num_layers=layers, hidden_size=32, num_heads=8, ffn_size=64, vocab_size=VOCAB_SIZE, max_positions=SEQ_LENGTH,
             untie_embeddings=not self.tied, hidden_dropout=self.dropout, attention_dropout=self.dropout, init_std=0.2,
             gelu=self.gelu, attention=self.attention, architecture=self.model, norm_position=self.norm,
-            sentence_head=self.sentence if self.model == "bert" else None,
+            sentence_head=self.sentence if self.model == "bert" else None, position_embedding=self.positions,
+            normalization=self.normalization, activation=self.activation, kv_heads=self.kv_heads, bias=self.bias,
         )  # fmt: skip
 
 

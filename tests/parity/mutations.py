@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from unittest import mock
 
-from torch import Tensor, zeros_like
+from torch import Tensor, arange, zeros_like
 
 from megactl.engine import data_parallel, flat, functional, loss_scale, parallelize, pipeline, tensor_parallel, training_step, zero
 from megactl.engine.collectives import all_reduce
-from megactl.engine.models import transformer
+from megactl.engine.models import layers, rotary, transformer
 from megactl.engine.models.layers import Linear
 
 
@@ -182,6 +182,29 @@ def _summed_whole_linears(original: Callable) -> Callable:
     return mutated
 
 
+def _place_for_position(original: Callable) -> Callable:
+    """Angles of places in the sequence, whatever the position ids say."""
+    return lambda self, ids: original(self, arange(ids.shape[1]).expand_as(ids))
+
+
+def _decay_by_dimensions(original: Callable) -> Callable:
+    def mutated(*arguments):
+        spec = original(*arguments)
+        return replace(spec, decay=len(spec.local_shape) > 1)
+
+    return mutated
+
+
+def _heads_take_turns(original: Callable) -> Callable:
+    """Keys of g groups for heads 0, g, 2g, ... in place of heads in a row."""
+
+    def mutated(q, k, v, **options):
+        times = q.shape[1] // k.shape[1]
+        return original(q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1), **options)
+
+    return mutated
+
+
 _GPT_MUTATIONS = {
     "tied gradients are not summed": Mutation(
         _patched(zero.ShardedOptimizer, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
@@ -276,4 +299,18 @@ _BERT_MUTATIONS = {
     ),
 }
 
-MUTATIONS = _GPT_MUTATIONS | {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
+_LLAMA_MUTATIONS = {
+    "angles do not follow the position ids": Mutation(
+        _patched(rotary.RotaryAngles, "__call__", _place_for_position),
+        (1, 1, 2),
+        "loss on rank 1",
+        {"positions": "rope", "documents": "reset"},
+    ),
+    "SwiGLU's biases decay": Mutation(_patched(flat, "_spec", _decay_by_dimensions), (1, 1, 2), "weight", {"activation": "swiglu"}),
+    "heads take turns at the keys": Mutation(
+        _patched(layers, "fused_attention", _heads_take_turns), (2, 1, 1), "loss on rank 0, step 1", {"kv_heads": 4}
+    ),
+}
+
+_FOR_BERT = {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
+MUTATIONS = _GPT_MUTATIONS | _LLAMA_MUTATIONS | _FOR_BERT
