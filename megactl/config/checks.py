@@ -231,6 +231,13 @@ def _pipeline_parallel(names: Names) -> Iterator[Problem]:
         yield Problem(show("parallel.pipeline_parallel"), rule, instead)
 
 
+def _recompute_layers(names: Names) -> Iterator[Problem]:
+    run, show = names.run, names.show
+    if run.memory.recompute_layers > run.model.num_layers:
+        rule = f"is more than {show('model.num_layers')}"
+        yield Problem(show("memory.recompute_layers"), rule, f"use --recompute-layers {run.model.num_layers}")
+
+
 def _pair_length(names: Names) -> Iterator[Problem]:
     run, least = names.run, 8
     if run.model.architecture == "bert" and run.training.seq_length < least:
@@ -307,6 +314,7 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_positions, ("model.max_positions", "training.seq_length")),
     (_tensor_parallel, ("model.num_heads", "model.kv_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel")),
+    (_recompute_layers, ("model.num_layers", "memory.recompute_layers")),
     (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),
     (_loss_scales, ("training.initial_loss_scale", "training.min_loss_scale")),

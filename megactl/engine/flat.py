@@ -130,7 +130,7 @@ def _spec(model: nn.Module, prefix: str, module: nn.Module, leaf: str, parameter
         # SwiGLU's bias has two dimensions.
         decay=parameter.ndim > 1 and leaf != "bias",
         counted=not is_copy and (split_dim is not None or mesh.tp.rank == 0),
-        tied=mesh.pp.size > 1 and not model.config.untie_embeddings and name == "embedding.tokens.weight",
+        tied=None in (model.embedding, model.head) and not model.config.untie_embeddings and name == "embedding.tokens.weight",
         is_copy=is_copy, unit=unit,
     )  # fmt: skip
 

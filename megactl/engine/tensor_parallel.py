@@ -87,10 +87,10 @@ class RowParallelLinear(nn.Module):
         self.weight, self.bias = _shard(whole.weight, 1, tp.size), whole.bias
         self.split_dim = {"weight": 1}
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, in / tp] to [b, s, out], the same on every rank."""
-        y = functional.linear(x, self.weight, **micro_batch.weight_options())
-        y = _sum_forward(y, self.tp)
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, in / tp] to [b, s, out], the same on every rank; `unread` (see `functional.linear`) spares the sum as well."""
+        y = functional.linear(x, self.weight, **micro_batch.weight_options(), unread=unread)
+        y = y if unread else _sum_forward(y, self.tp)
         return y if self.bias is None else functional.add_bias(y, self.bias, **micro_batch.weight_options())
 
 

@@ -207,7 +207,7 @@ def _heads_take_turns(original: Callable) -> Callable:
 
 _GPT_MUTATIONS = {
     "tied gradients are not summed": Mutation(
-        _patched(zero.ShardedOptimizer, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
+        _patched(training_step, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
     ),
     "input gradients of layers are not summed": Mutation(
         _patched(tensor_parallel.ColumnParallelLinear, "_start_reduce", _nothing), (2, 1, 1), "gradient in step 1"
@@ -295,7 +295,7 @@ _BERT_MUTATIONS = {
         _patched(tensor_parallel, "_parallel_form", _summed_whole_linears), (2, 1, 1), "gradient in step 1 layers.1"
     ),
     "BERT's tied gradients are not summed": Mutation(
-        _patched(zero.ShardedOptimizer, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
+        _patched(training_step, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
     ),
 }
 

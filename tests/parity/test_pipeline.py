@@ -57,3 +57,27 @@ def test_backward_in_two_parts_is_the_same_bit_for_bit(parity: Parity, pools: Po
     """The same operations in the same order for each weight, only later."""
     split = pools.run(case.world_size, train_in_two_parts, case, parity.corpus(case), delay)
     assert differing_bits(split, parity.engine(case)) == []
+
+
+STAGES = [
+    Case(pp=2, vpp=2, micro_batches=2, dropout=0.1),
+    Case(pp=2, vpp=2, micro_batches=3, model="bert", norm="post", dropout=0.1),
+    Case(pp=2, vpp=2, dp=2, zero=1, micro_batches=4, documents="eod", bucket=1, tied=False),
+    Case(pp=4, vpp=2, micro_batches=6, documents="reset", dropout=0.1),
+    Case(pp=2, vpp=2, tp=2, micro_batches=2, dropout=0.1),
+    Case(pp=2, schedule="zb-h1", micro_batches=3, dropout=0.1),
+    Case(pp=2, dp=2, zero=1, schedule="zb-h1", micro_batches=4, bucket=1, model="bert"),
+    Case(pp=4, schedule="zb-h1", micro_batches=4, documents="reset", tied=False),
+    Case(pp=2, schedule="zb-h2", micro_batches=3, model="bert", norm="post"),
+    Case(pp=4, schedule="zb-h2", micro_batches=8, dropout=0.1),
+    Case(pp=2, schedule="zb-v", micro_batches=2),
+    Case(pp=2, schedule="zb-v", micro_batches=4, dropout=0.1, documents="reset"),
+    Case(pp=2, dp=2, zero=1, schedule="zb-v", micro_batches=3, bucket=1, dropout=0.1),
+    Case(pp=2, tp=2, schedule="zb-v", micro_batches=3, model="bert", norm="post", dropout=0.1),
+    Case(pp=4, schedule="zb-v", micro_batches=5, tied=False, documents="eod"),
+]
+
+
+@pytest.mark.parametrize("case", STAGES, ids=show)
+def test_schedules_equal_one_process(parity: Parity, case: Case):
+    assert not parity.deviations(case, TOLERANCE)

@@ -26,8 +26,9 @@ class MicroBatch:
     backward adds to the gradient buffer (False in the first backward of a step). deferred: where weight gradients are put off to, when
     the schedule has backward in two parts. dropout: off in evaluation.
     position_ids [b, s]; attention_mask bool [b, 1, s or 1, s] (True: may look), or None where every token sees all that its model
-    lets it see. token_types int64 [b, s], for encoders. rotary: cosines and sines of the positions (`RotaryAngles`), which the
-    model fills in before its layers.
+    lets it see. token_types int64 [b, s], for encoders. unread: nobody reads the values that the layer gives, only its backward runs
+    (the second forward of a recomputation): what backward does not read either need not be computed. rotary: cosines and sines of the
+    positions (`RotaryAngles`), which the model fills in before its layers.
     """
 
     rng: Tensor
@@ -37,6 +38,7 @@ class MicroBatch:
     dropout: bool = True
     token_types: Tensor | None = None
     deferred: functional.WeightQueue | None = None
+    unread: bool = False
     rotary: tuple[Tensor, Tensor] | None = None
 
     def weight_options(self, add: bool = False) -> functional.WeightOptions:
@@ -83,9 +85,9 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         self.initial = {"weight": Initial(std=std), "bias": Initial()}
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, in] to [b, s, out]."""
-        return functional.linear(x, self.weight, self.bias, **micro_batch.weight_options())
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, in] to [b, s, out]; `unread`: see `functional.linear`."""
+        return functional.linear(x, self.weight, self.bias, **micro_batch.weight_options(), unread=unread)
 
     def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str) -> Tensor:
         """GELU of `forward`, with the bias added on the way; `approximate` is torch's word for its form."""
@@ -305,9 +307,9 @@ class MLP(nn.Module):
         self.up = Linear(hidden, ffn, split="column", std=std, bias=config.bias)
         self.down = Linear(ffn, hidden, split="row", std=output_std, bias=config.bias)
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, h] to [b, s, h], before dropout."""
-        return self.down(self.up.gelu(x, micro_batch, self.approximate), micro_batch)
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, h] to [b, s, h], before dropout; `unread`: see `functional.linear`."""
+        return self.down(self.up.gelu(x, micro_batch, self.approximate), micro_batch, unread=unread)
 
 
 class GatedMLP(nn.Module):
@@ -319,9 +321,9 @@ class GatedMLP(nn.Module):
         self.gate_up = Linear(hidden, ffn, split="column", std=std, bias=config.bias, gated=True)
         self.down = Linear(ffn, hidden, split="row", std=output_std, bias=config.bias)
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, h] to [b, s, h], before dropout."""
-        return self.down(self.gate_up.swiglu(x, micro_batch), micro_batch)
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, h] to [b, s, h], before dropout; `unread`: see `functional.linear`."""
+        return self.down(self.gate_up.swiglu(x, micro_batch), micro_batch, unread=unread)
 
 
 def make_mlp(config: Model, *, std: float, output_std: float) -> MLP | GatedMLP:
