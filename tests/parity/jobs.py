@@ -21,7 +21,8 @@ from megactl.engine.training_step import TrainingStep
 from megactl.engine.zero import ShardedOptimizer
 from parity.cases import Plan
 from parity.corpus import EOD, Corpus, PairCorpus
-from parity.mutations import HARMLESS, MUTATIONS
+from parity.mutations import MUTATIONS
+from parity.mutations_zero import HARMLESS
 from parity.pool import Worker
 
 
