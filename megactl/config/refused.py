@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megactl.config.memory import offload_targets
-from megactl.config.schema import Data, Parallel, Run
+from megactl.config.schema import Data, Model, Parallel, Run
 from megactl.config.shown import Names
 from megactl.errors import Problem
 
@@ -69,6 +69,32 @@ def _loss_scale_rows() -> Iterator[Refusal]:
             "a constant loss scale does not move",
             f"use --loss-scale 0, or leave {flag} out",
         )
+
+
+def _idle_model_setting(name: str, needs: str, applies: Callable[[Model], bool], reason: str, instead: str) -> Refusal:
+    """A setting of the model that nothing would read, because of another one."""
+    field = Model.__dataclass_fields__[name]
+    flag = field.metadata["flags"][0]
+    return Refusal(
+        (f"model.{name}", f"model.{needs}"),
+        lambda run: applies(run.model) and getattr(run.model, name) != field.default,
+        reason,
+        f"use {instead}, or leave {flag} out",
+    )
+
+
+def _architecture_rows() -> Iterator[Refusal]:
+    """Settings that belong to one kind of positions or of MLP."""
+    learned, unscaled = "learned positions turn nothing", "without a factor no wavelength is stretched"
+    for name in ("rope_base", "rotary_percent", "rope_scaling_factor"):
+        yield _idle_model_setting(
+            name, "position_embedding", lambda model: model.position_embedding != "rope", learned, "--position-embedding rope"
+        )
+    for name in ("rope_original_positions", "rope_low_frequency", "rope_high_frequency"):
+        yield _idle_model_setting(
+            name, "rope_scaling_factor", lambda model: model.rope_scaling_factor == 1.0, unscaled, "--rope-scaling-factor 8"
+        )
+    yield _idle_model_setting("gelu", "activation", lambda model: model.activation == "swiglu", "SwiGLU has no GELU", "--activation gelu")
 
 
 def _offloaded(run: Run) -> frozenset[str]:
@@ -167,9 +193,6 @@ def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refu
 _UNFINISHED: tuple[Refusal, ...] = (
     _unfinished("parallel.sequence_parallel", lambda run: run.parallel.sequence_parallel, "leave --sp out"),
     _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
-    _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
-    _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
-    _unfinished("parallel.pipeline_split", lambda run: run.parallel.pipeline_split is not None, "leave --pp-split out"),
     _unfinished("memory.offload", lambda run: bool(_offloaded(run) - {"activations"}), "use --offload activations"),
 )
 
@@ -177,6 +200,30 @@ _UNFINISHED: tuple[Refusal, ...] = (
 REFUSED: tuple[Refusal, ...] = (
     *_UNFINISHED,
     *_ZERO_ROWS,
+    Refusal(
+        ("parallel.virtual_pipeline", "parallel.pipeline_parallel"),
+        lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.pipeline_parallel == 1,
+        "one pipeline rank waits for no other, so there is no bubble that more chunks could shorten",
+        "use --vpp 1, or --pp 2 or more",
+    ),
+    Refusal(
+        ("parallel.virtual_pipeline", "parallel.schedule"),
+        lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.schedule == "zb-v",
+        "the V has two chunks on each rank, no more and no less",
+        "leave --vpp out, or use --schedule 1f1b",
+    ),
+    Refusal(
+        ("parallel.virtual_pipeline", "parallel.schedule"),
+        lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.schedule in ("gpipe", "zb-h1", "zb-h2"),
+        "this order is made for one stage a rank, and only 1f1b is interleaved",
+        "use --schedule 1f1b, or --vpp 1",
+    ),
+    Refusal(
+        ("parallel.pipeline_split", "parallel.pipeline_parallel"),
+        lambda run: run.parallel.pipeline_split is not None and run.parallel.pipeline_parallel == 1,
+        "one pipeline rank holds all layers, and there is nothing to split",
+        "use --pp 2 or more, or leave --pp-split out",
+    ),
     Refusal(
         ("training.precision", "training.device"),
         lambda run: run.training.precision == "fp64" and run.training.device == "cuda",
@@ -189,6 +236,7 @@ REFUSED: tuple[Refusal, ...] = (
         "only BERT is trained on sentence pairs",
         "use --model bert, or leave --sentence-head out",
     ),
+    *_architecture_rows(),
     Refusal(
         ("checkpoint.load", "checkpoint.resume"),
         lambda run: run.checkpoint.load is not None and run.checkpoint.resume == "must",

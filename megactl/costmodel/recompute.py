@@ -39,7 +39,7 @@ class KeptLayers:
 
 
 def kept_layers(recompute: Recompute, layers: int, *, layer: int, layer_input: int) -> KeptLayers:
-    """What `layers` layers of a stage keep. `layer`: bytes of one that keeps everything (its mode does), `layer_input` of them its input."""
+    """What `layers` layers of a stage keep. `layer`: bytes of one that is not computed again as a whole; `layer_input`: of its input."""
     if recompute.mode != "full":
         return KeptLayers(layers * layer, 0, 0)
     whole = max(0, layers - recompute.count) if recompute.method == "block" else 0

@@ -110,7 +110,7 @@ def _watch(part: Part, units: list[Unit]) -> None:
 
 def build_stage(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> nn.Module:
     """The stage's module, cut for this tensor-parallel rank, without memory."""
-    layers = split_layers(run.model.num_layers, num_stages)[virtual_stage]
+    layers = split_layers(run.model.num_layers, num_stages, run.parallel.pipeline_split)[virtual_stage]
     with torch.device("meta"):
         model = MODELS[run.model.architecture](
             run.model, layers=layers, first=virtual_stage == 0, last=virtual_stage == num_stages - 1,
