@@ -79,8 +79,6 @@ def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refu
 _UNFINISHED: tuple[Refusal, ...] = (
     _unfinished("parallel.sequence_parallel", lambda run: run.parallel.sequence_parallel, "leave --sp out"),
     _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
-    _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
-    _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
     _unfinished("parallel.zero", lambda run: run.parallel.zero in (2, 3), "use --zero 1"),
     _unfinished("parallel.split_layers", lambda run: run.parallel.split_layers, "leave --split-layers out"),
     _unfinished("parallel.tile", lambda run: run.parallel.tile > 1, "use --tile 1"),
@@ -109,6 +107,12 @@ REFUSED: tuple[Refusal, ...] = (
         lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.schedule in ("gpipe", "zb-h1", "zb-h2"),
         "this order is made for one stage a rank, and only 1f1b is interleaved",
         "use --schedule 1f1b, or --vpp 1",
+    ),
+    Refusal(
+        ("parallel.schedule", "parallel.pipeline_parallel"),
+        lambda run: run.parallel.schedule.startswith("zb") and run.parallel.pipeline_parallel == 1,
+        "no rank waits for another, so there is no bubble for weight gradients to fill",
+        "use --schedule 1f1b, or --pp 2 or more",
     ),
     Refusal(
         ("parallel.pipeline_split", "parallel.pipeline_parallel"),

@@ -38,7 +38,8 @@ class Case:
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
     gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
     loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
-    `steps`: how many, with the rates in turn. `vpp`: stages a rank, of one layer or more; `scatter`: scatter-gather.
+    `steps`: how many, with the rates in turn. `vpp`: stages a rank, of one layer or more; `split`: the layers
+    of each stage, or what counts as one; `scatter`: scatter-gather.
     """
 
     tp: int = 1
@@ -68,6 +69,7 @@ class Case:
     steps: int = len(RATES)
     vpp: int = 1
     scatter: bool = True
+    split: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -93,6 +95,7 @@ class Case:
             parallel=Parallel(
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
                 bucket_size=self.bucket, overlap_grad_reduce=self.overlap, virtual_pipeline=self.vpp, scatter_gather=self.scatter,
+                pipeline_split=self.split,
             ),
             training=Training(
                 micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,

@@ -107,6 +107,43 @@ STAGES = [
 ]
 
 
+SPLITS = [
+    Case(pp=2, split="3,1", micro_batches=3, dropout=0.1),
+    Case(pp=2, split="embedding,head", dp=2, zero=1, bucket=1, micro_batches=2, model="bert", norm="post"),
+    # A first and a last stage without layers: the embedding, the head.
+    Case(pp=4, split="0,2,2,0", micro_batches=4, documents="reset", dropout=0.1),
+    Case(pp=2, vpp=2, split="0,3,1,0", dp=2, zero=1, bucket=1, micro_batches=4, norm="post", tied=False),
+    Case(pp=2, schedule="zb-v", split="1,2,1,0", tp=2, micro_batches=3, model="bert", dropout=0.1),
+]
+STEPS = [
+    Case(pp=2, vpp=2, micro_batches=4, ramp=True, documents="eod", dropout=0.1),
+    Case(pp=2, schedule="zb-h1", micro_batches=3, ramp=True, overflow=True),
+    Case(pp=2, dp=2, zero=1, schedule="zb-v", micro_batches=2, ramp=True, overflow=True, scale=2.0**40),
+]
+NIGHTLY = [
+    Case(tp=2, pp=4, vpp=2, micro_batches=6, dropout=0.1),
+    Case(tp=2, pp=4, schedule="zb-h1", micro_batches=5, documents="reset"),
+    Case(tp=2, pp=4, schedule="zb-h2", micro_batches=9, model="bert", dropout=0.1),
+    Case(tp=2, pp=4, schedule="zb-v", micro_batches=8, model="bert", norm="post"),
+    Case(tp=2, pp=2, dp=2, vpp=2, zero=1, bucket=1, micro_batches=3, dropout=0.1),
+    Case(tp=2, pp=2, dp=2, schedule="zb-v", zero=1, bucket=1, micro_batches=3, dropout=0.1, ramp=True),
+    Case(pp=4, dp=2, vpp=3, zero=0, micro_batches=5, tied=False),
+    Case(pp=8, schedule="zb-v", micro_batches=16),
+    Case(pp=8, vpp=2, micro_batches=8, scatter=False),
+]
+
+
+@pytest.mark.parametrize("case", [*SPLITS, *STEPS], ids=show)
+def test_other_splits_and_steps_that_change_equal_one_process(parity: Parity, case: Case):
+    assert not parity.deviations(case, TOLERANCE)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", NIGHTLY, ids=show)
+def test_eight_ranks_equal_one_process(parity: Parity, case: Case):
+    assert not parity.deviations(case, TOLERANCE)
+
+
 @pytest.mark.parametrize("case", STAGES, ids=show)
 def test_schedules_equal_one_process(parity: Parity, case: Case):
     assert not parity.deviations(case, TOLERANCE)
