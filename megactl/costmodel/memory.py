@@ -13,7 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from megactl.config.schema import Model
-from megactl.costmodel.parameters import ffn_width, is_encoder, padded_vocab, split_layers, stage_parts, stage_ranks, vocabulary
+from megactl.costmodel.parameters import (
+    ffn_width,
+    first_matrix_width,
+    is_encoder,
+    key_value_width,
+    padded_vocab,
+    split_layers,
+    stage_parts,
+    stage_ranks,
+    vocabulary,
+)
 from megactl.errors import ConfigError, Problem
 
 
@@ -173,7 +183,8 @@ def _kept(model: Model, layout: Layout, sizes: _Sizes, stage: int, num_stages: i
     """Bytes one virtual stage keeps for a micro-batch: its layers, the output it sends on, what the embedding keeps."""
     layers = len(split_layers(model.num_layers, num_stages, layout.split)[stage])
     sent = 0 if stage == num_stages - 1 else sizes.hidden
-    return layers * layer_activations(model, layout) + sent + (_embedding(model, sizes) if stage == 0 else 0)
+    ends = sent + (_embedding(model, sizes) if stage == 0 else 0)
+    return layers * layer_activations(model, layout) + ends + _rotary_tables(model, sizes)
 
 
 @dataclass(frozen=True)
@@ -201,13 +212,15 @@ def live_at_peak(layout: Layout, rank: int, kept: Mapping[int, int]) -> LivePeak
 def layer_activations(model: Model, layout: Layout) -> int:
     """Bytes one layer keeps for the backward of one micro-batch on one rank.
 
-    With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus LayerNorm's statistics.
+    With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus the norms' statistics. SwiGLU keeps 6f/h in place of GELU's
+    4f/h; grouped queries keep 2 + 4g/a for q, k, v in place of 6 (g groups).
     """
     sizes = _Sizes.of(model, layout)
-    # Whole on each rank, wherever the norms stand: inputs of both LayerNorms, of qkv and of the first MLP matrix.
-    whole = 4 * sizes.hidden + 2 * 2 * sizes.accumulate * sizes.tokens
-    # Split over t: q, k, v, the input of attention's output matrix, GELU's input and output.
-    split = 4 * sizes.hidden // sizes.tensor_parallel + 2 * sizes.mlp
+    # Whole on each rank, wherever the norms stand: inputs of both norms, of qkv and of the first MLP matrix.
+    statistics = 1 if model.normalization == "rmsnorm" else 2
+    whole = 4 * sizes.hidden + 2 * statistics * sizes.accumulate * sizes.tokens
+    # Split over t: q, k, v, the input of attention's output matrix, the activation's input and output.
+    split = 2 * sizes.hidden // sizes.tensor_parallel + 2 * sizes.keys + sizes.first + sizes.mlp
     if not sizes.unfused:
         # Log-sum-exp of every row; BERT's mask of padding, which each call turns into numbers to add.
         mask = sizes.element * sizes.tokens if is_encoder(model) else 0
@@ -222,15 +235,23 @@ def _embedding(model: Model, sizes: _Sizes) -> int:
     return sizes.hidden + 2 * sizes.accumulate * sizes.tokens if is_encoder(model) and model.norm_position == "post" else 0
 
 
+def _rotary_tables(model: Model, sizes: _Sizes) -> int:
+    """Bytes of the cosines and sines of a micro-batch's positions, made once for all layers of the stage."""
+    return 4 * sizes.tokens * model.rotary_width
+
+
 @dataclass(frozen=True)
 class _Sizes:
-    """Recurring sizes on one rank: bytes of hidden states [s, b, h] and of the MLP's [s, b, f/t]; elements of the rest."""
+    """Recurring sizes on one rank: bytes of hidden states [s, b, h], of the keys, of the MLP's first product and of its activation
+    [s, b, f/t]; elements of the rest."""
 
     element: int
     accumulate: int
     tensor_parallel: int
     tokens: int
     hidden: int
+    keys: int
+    first: int
     mlp: int
     scores: int
     logits: int
@@ -251,10 +272,12 @@ class _Sizes:
             tensor_parallel=t,
             tokens=tokens,
             hidden=precision.element * tokens * model.hidden_size,
+            keys=precision.element * tokens * key_value_width(model) // t,
+            first=precision.element * tokens * first_matrix_width(model) // t,
             mlp=precision.element * tokens * ffn_width(model) // t,
             scores=model.num_heads * layout.seq_length * tokens // t,
             logits=tokens * rows,
-            layer_matrix=model.hidden_size * max(ffn_width(model), 3 * model.hidden_size) // t,
+            layer_matrix=model.hidden_size * max(first_matrix_width(model), model.hidden_size + 2 * key_value_width(model)) // t,
             head_matrix=rows * model.hidden_size,
             # Dropout inside a fused kernel cannot be repeated by another layout, so `auto` does not use one then.
             unfused=model.attention == "unfused" or (model.attention == "auto" and model.attention_dropout > 0),
@@ -280,9 +303,9 @@ def _logits(sizes: _Sizes, live: int) -> int:
 
 def _layer_transient(sizes: _Sizes) -> int:
     """Largest working set inside one layer's backward, beyond what it keeps: that of the MLP, or of unfused attention."""
-    through_mlp = sizes.mlp + 2 * sizes.hidden + sizes.product(sizes.layer_matrix)
+    through_mlp = sizes.first + 2 * sizes.hidden + sizes.product(sizes.layer_matrix)
     if not sizes.unfused:
         return through_mlp
     # Gradients of the probabilities and of the scores; the MLP's kept tensors of this layer are free again by then.
     attention = 2 * sizes.scores * sizes.element + sizes.hidden
-    return max(through_mlp, attention - 2 * sizes.hidden - 2 * sizes.mlp)
+    return max(through_mlp, attention - 2 * sizes.hidden - sizes.first - sizes.mlp)

@@ -129,10 +129,12 @@ def bias_gradient(grad: Tensor, target: Tensor | None, accumulate: bool) -> Tens
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, accumulate: bool, deferred: WeightQueue | None, start_reduce: StartReduce | None):
+    def forward(ctx, x, weight, bias, accumulate: bool, deferred: WeightQueue | None, start_reduce: StartReduce | None, unread: bool):
         ctx.save_for_backward(x, weight)
         ctx.targets = getattr(weight, "main_grad", None), getattr(bias, "main_grad", None)
         ctx.has_bias, ctx.accumulate, ctx.deferred, ctx.start_reduce = bias is not None, accumulate, deferred, start_reduce
+        if unread:
+            return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
         return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -145,7 +147,7 @@ class _Linear(Function):
         grad_weight, grad_bias = (*weight_work(ctx.deferred, *works), None)[:2]
         if handle is not None:
             handle.wait()
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def _start_input_gradient(ctx, grad: Tensor, weight: Tensor) -> tuple[Tensor | None, Handle | None]:
@@ -164,9 +166,13 @@ def linear(
     accumulate: bool = False,
     deferred: WeightQueue | None = None,
     start_reduce: StartReduce | None = None,
+    unread: bool = False,
 ) -> Tensor:
-    """y = x @ weight.T + bias. `start_reduce` begins a reduction of the input gradient while the weight gradient is computed."""
-    return _Linear.apply(x, weight, bias, accumulate, deferred, start_reduce)
+    """y = x @ weight.T + bias. `start_reduce` begins a reduction of the input gradient while the weight gradient is computed.
+
+    unread: y is wanted for its backward alone, which reads x and weight; its values are zeros then, and the product is not computed.
+    """
+    return _Linear.apply(x, weight, bias, accumulate, deferred, start_reduce, unread)
 
 
 class _LinearGelu(Function):

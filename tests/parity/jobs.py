@@ -22,6 +22,7 @@ from megactl.engine.zero import ShardedOptimizer
 from parity.cases import Plan
 from parity.corpus import EOD, Corpus, PairCorpus
 from parity.mutations import MUTATIONS
+from parity.mutations_zero import HARMLESS
 from parity.pool import Worker
 
 
@@ -56,7 +57,7 @@ def train(
     worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan, mutation: str | None = None, ops: str | None = None
 ) -> RankResult:
     """The engine's counterpart of `reference.train_reference`. `mutation` names a fault to build in, `ops` sets MEGACTL_OPS."""
-    fault = MUTATIONS[mutation].fault() if mutation else nullcontext()
+    fault = (MUTATIONS | HARMLESS)[mutation].fault() if mutation else nullcontext()
     with fault, mock.patch.dict(os.environ, {} if ops is None else {"MEGACTL_OPS": ops}):
         return _train(worker, run, corpus, plan)
 
@@ -117,16 +118,16 @@ def _facts(engine: TrainingStep) -> dict[str, object]:
     kinds = ("param", "grad", "master", "exp_avg", "exp_avg_sq")
     return {
         **{f"{kind}_dtypes": {str(getattr(state, kind).dtype) for state in states} for kind in kinds},
-        "parameters": flat.params.numel(),
-        "gradients": flat.grads.numel(),
+        "parameters": _resident(flat.bucket_params),
+        "gradients": _resident(flat.bucket_grads),
         "module_dtypes": {str(p.dtype) for p in engine.parts[0].model.parameters()},
         "module_grads": sum(p.grad is not None for p in engine.parts[0].model.parameters()),
         "state": sum(state.exp_avg.numel() for state in states),
         "masters": sum(state.master.numel() for state in states if state.master.data_ptr() != state.param.data_ptr()),
         "buckets": sum(len(part.flat.buckets) for part in engine.parts),
         "copies_differ": _copies_differ(engine),
-        "padding_weight": _padding(engine, flat.params),
-        "padding_gradient": _padding(engine, flat.grads),
+        "padding_weight": _padding(engine, "param"),
+        "padding_gradient": _padding(engine, "grad"),
     }
 
 
@@ -143,9 +144,14 @@ def _copies_differ(engine: TrainingStep) -> int:
     return differing
 
 
-def _padding(engine: TrainingStep, buffer: torch.Tensor) -> float:
+def _resident(buckets: list[torch.Tensor]) -> int:
+    """Elements of the buckets that have memory between steps."""
+    return sum(bucket.numel() for bucket in buckets if bucket.untyped_storage().nbytes())
+
+
+def _padding(engine: TrainingStep, kind: str) -> float:
     """The largest magnitude in the padding rows of the vocabulary; 0 where the engine keeps them out of everything."""
-    flat, largest = engine.parts[0].flat, 0.0
+    flat, buffer, largest = engine.parts[0].flat, engine.parts[0].optimizer.whole(kind), 0.0
     for placement in flat.placements:
         outside = flat.view(buffer, placement)[placement.spec.held_shape[0] :]
         if outside.numel():
