@@ -219,6 +219,12 @@ REFUSED: tuple[Refusal, ...] = (
         "use --schedule 1f1b, or --vpp 1",
     ),
     Refusal(
+        ("parallel.schedule", "parallel.pipeline_parallel"),
+        lambda run: run.parallel.schedule.startswith("zb") and run.parallel.pipeline_parallel == 1,
+        "no rank waits for another, so there is no bubble for weight gradients to fill",
+        "use --schedule 1f1b, or --pp 2 or more",
+    ),
+    Refusal(
         ("parallel.pipeline_split", "parallel.pipeline_parallel"),
         lambda run: run.parallel.pipeline_split is not None and run.parallel.pipeline_parallel == 1,
         "one pipeline rank holds all layers, and there is nothing to split",

@@ -176,6 +176,7 @@ RULES = [
         2,
         "--vpp 2 with --schedule zb-h1: this order is made for one stage a rank",
     ),
+    (["parallel.schedule=zb-v"], 1, "--schedule zb-v with --pp 1 (default): no rank waits for another"),
     (["parallel.pipeline_split=4"], 1, "--pp-split 4 with --pp 1 (default): one pipeline rank holds all layers"),
     (
         ["parallel.pipeline_parallel=2", "parallel.pipeline_split=1,2,1"],

@@ -39,8 +39,8 @@ class Case:
     gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
     loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
     `steps`: how many, with the rates in turn. `threshold`, `prefetch`, `split_layers`, `tile`: of ZeRO 3. `vpp`: stages a rank, of one
-    layer or more; `scatter`: scatter-gather. `layers`: None for as many as show everything in the layout. `positions` to `bias`: what
-    Llama-shaped models have otherwise.
+    layer or more; `split`: the layers of each stage, or what counts as one; `scatter`: scatter-gather. `layers`: None for as many as
+    show everything in the layout. `positions` to `bias`: what Llama-shaped models have otherwise.
     """
 
     tp: int = 1
@@ -74,6 +74,7 @@ class Case:
     tile: int = 1
     vpp: int = 1
     scatter: bool = True
+    split: str | None = None
     recompute: str = "none"
     recompute_method: str = "uniform"
     recompute_layers: int = 1
@@ -111,7 +112,7 @@ class Case:
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
                 bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self._threshold(),
                 zero_prefetch=self.prefetch, split_layers=self.split_layers, tile=self.tile, virtual_pipeline=self.vpp,
-                scatter_gather=self.scatter,
+                scatter_gather=self.scatter, pipeline_split=self.split,
             ),
             training=Training(
                 micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
