@@ -5,7 +5,7 @@ A misspelt name gets the nearest one; for these the nearest one would mislead (`
 
 from __future__ import annotations
 
-from megactl.config.settings import nearest, normal
+from megactl.config.names import nearest, normal
 
 _LATER = "is not part of this version"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from megactl.config.batch import parse_rampup, parse_warmup
@@ -215,6 +216,19 @@ def _recompute_layers(names: Names) -> Iterator[Problem]:
         yield Problem(show("memory.recompute_layers"), rule, f"use --recompute-layers {run.model.num_layers}")
 
 
+def _tiles(names: Names) -> Iterator[Problem]:
+    """A tile is an equal share of the outputs, or the inputs, that a rank has of each matrix of a layer."""
+    model, parallel, show = names.run.model, names.run.parallel, names.show
+    tp, tile = parallel.tensor_parallel, parallel.tile
+    ffn = model.ffn_size or 4 * model.hidden_size
+    if tile == 1 or model.hidden_size % tp or ffn % tp:
+        return
+    common = math.gcd(model.hidden_size // tp, ffn // tp)
+    if common % tile:
+        where = f"hidden / tp = {model.hidden_size // tp} and the MLP's width / tp = {ffn // tp}"
+        yield Problem(show("parallel.tile"), f"must divide {where}", f"use --tile {nearest_divisors(tile, common)}")
+
+
 def _pair_length(names: Names) -> Iterator[Problem]:
     run, least = names.run, 8
     if run.model.architecture == "bert" and run.training.seq_length < least:
@@ -290,6 +304,7 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_tensor_parallel, ("model.num_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel", "parallel.virtual_pipeline")),
     (_recompute_layers, ("model.num_layers", "memory.recompute_layers")),
+    (_tiles, ("model.hidden_size", "model.ffn_size", "parallel.tensor_parallel", "parallel.tile")),
     (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),
     (_loss_scales, ("training.initial_loss_scale", "training.min_loss_scale")),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megactl.config.settings import nearest
+from megactl.config.names import nearest
 from megactl.errors import Problem
 
 _GPT2_VOCAB, _SC21_VOCAB, _BERT_VOCAB = 50257, 51200, 30522

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megactl.config.memory import offload_targets
-from megactl.config.schema import Data, Run
+from megactl.config.schema import Data, Parallel, Run
 from megactl.config.shown import Names
 from megactl.errors import Problem
 
@@ -125,6 +125,40 @@ _RECOMPUTE_ROWS = (
 )
 
 
+def _needs_zero_3(name: str, given: Callable[[Run], bool], reason: str, flag: str) -> Refusal:
+    """A setting of how weights are shared."""
+    applies = lambda run: given(run) and run.parallel.zero in (None, 0, 1, 2)  # noqa: E731
+    return Refusal((name, "parallel.zero"), applies, reason, f"use --zero 3, or leave {flag} out")
+
+
+_ZERO_ROWS = (
+    _needs_zero_3(
+        "parallel.zero_prefetch",
+        lambda run: run.parallel.zero_prefetch != Parallel.zero_prefetch,
+        "only ZeRO 3 gathers weights, which it can do ahead of their use",
+        "--zero-prefetch",
+    ),
+    _needs_zero_3(
+        "parallel.persistence_threshold",
+        lambda run: run.parallel.persistence_threshold != Parallel.persistence_threshold,
+        "only ZeRO 3 divides the weights, of which small ones can stay whole",
+        "--persistence-threshold",
+    ),
+    _needs_zero_3(
+        "parallel.split_layers",
+        lambda run: run.parallel.split_layers,
+        "only ZeRO 3 gathers layers, which it can do by halves",
+        "--split-layers",
+    ),
+    _needs_zero_3(
+        "parallel.tile",
+        lambda run: run.parallel.tile > 1,
+        "without ZeRO 3 all tiles of a matrix are there at once: they save nothing, and small products are slower",
+        "--tile",
+    ),
+)
+
+
 def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refusal:
     return Refusal((name,), applies, "is not finished in this tree", instead)
 
@@ -133,14 +167,13 @@ def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refu
 _UNFINISHED: tuple[Refusal, ...] = (
     _unfinished("parallel.sequence_parallel", lambda run: run.parallel.sequence_parallel, "leave --sp out"),
     _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
-    _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
-    _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
     _unfinished("memory.offload", lambda run: bool(_offloaded(run) - {"activations"}), "use --offload activations"),
 )
 
 
 REFUSED: tuple[Refusal, ...] = (
     *_UNFINISHED,
+    *_ZERO_ROWS,
     Refusal(
         ("parallel.virtual_pipeline", "parallel.pipeline_parallel"),
         lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.pipeline_parallel == 1,

@@ -90,18 +90,25 @@ class Parallel:
         flags=("--scatter-gather/--no-scatter-gather",),
     )  # fmt: skip
     zero: int | None = setting(
-        None, "ZeRO stage: what the replicas share; 1 optimizer, 2 also gradients, 3 also weights (default 1 when dp > 1)",
+        None, "ZeRO stage: what the d replicas share. Bytes a parameter in bf16: 0 nothing, 18; 1 optimizer, 6 + 12/d; 2 also gradients, "
+        "2 + 16/d, but every micro-batch reduces them; 3 also weights, 18/d, gathered twice a micro-batch (default 1 when dp > 1)",
         flags=("--zero",),
     )  # fmt: skip
-    zero_prefetch: int = setting(1, "ZeRO 3: units (layers) gathered ahead of their use", flags=("--zero-prefetch",))
+    zero_prefetch: int = setting(
+        1, "ZeRO 3: units (layers) gathered ahead of their use: hides the gather, costs a unit's weights each", flags=("--zero-prefetch",)
+    )
     persistence_threshold: int = setting(
-        100_000, "ZeRO 3: parameters with fewer elements stay whole",
+        100_000, "ZeRO 3: parameters with fewer elements on a rank stay whole, as many small gathers would cost more than they save",
         flags=("--persistence-threshold", "--stage3-param-persistence-threshold"),
     )  # fmt: skip
     split_layers: bool = setting(
-        False, "ZeRO 3: gather half a layer at a time (attention, MLP)", flags=("--split-layers/--no-split-layers", "--split-transformers")
-    )
-    tile: int = setting(1, "run each matrix of a layer in N tiles; ZeRO 3 gathers one tile at a time", flags=("--tile", "--tile-factor"))
+        False, "ZeRO 3: gather half a layer at a time (attention, MLP): half the gathered bytes, twice the messages",
+        flags=("--split-layers/--no-split-layers", "--split-transformers"),
+    )  # fmt: skip
+    tile: int = setting(
+        1, "ZeRO 3: run each matrix of a layer in N tiles and gather one at a time: 1/N of a matrix's bytes, smaller products",
+        flags=("--tile", "--tile-factor"),
+    )  # fmt: skip
     bucket_size: int = setting(40_000_000, "parameters in one gradient bucket", flags=("--bucket-size", "--ddp-bucket-size"))
     overlap_grad_reduce: bool = setting(
         True, "reduce gradient buckets while backward still runs", flags=("--overlap-grad-reduce/--no-overlap-grad-reduce",)

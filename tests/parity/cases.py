@@ -103,7 +103,7 @@ class Case:
             model=self._model(),
             parallel=Parallel(
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
-                bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self.threshold,
+                bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self._threshold(),
                 zero_prefetch=self.prefetch, split_layers=self.split_layers, tile=self.tile, virtual_pipeline=self.vpp,
                 scatter_gather=self.scatter,
             ),
@@ -122,6 +122,10 @@ class Case:
                 reset_attention_mask=self.documents == "reset",
             ),
         )  # fmt: skip
+
+    def _threshold(self) -> int:
+        # The models here are so small that the usual threshold would leave nothing to share.
+        return self.threshold if self.zero == 3 or self.threshold else Parallel().persistence_threshold
 
     def _loss_scale(self) -> dict[str, float]:
         if self.scale is None:

@@ -21,7 +21,7 @@ from megactl.engine.training_step import TrainingStep
 from megactl.engine.zero import ShardedOptimizer
 from parity.cases import Plan
 from parity.corpus import EOD, Corpus, PairCorpus
-from parity.mutations import MUTATIONS
+from parity.mutations import HARMLESS, MUTATIONS
 from parity.pool import Worker
 
 
@@ -56,7 +56,7 @@ def train(
     worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan, mutation: str | None = None, ops: str | None = None
 ) -> RankResult:
     """The engine's counterpart of `reference.train_reference`. `mutation` names a fault to build in, `ops` sets MEGACTL_OPS."""
-    fault = MUTATIONS[mutation].fault() if mutation else nullcontext()
+    fault = (MUTATIONS | HARMLESS)[mutation].fault() if mutation else nullcontext()
     with fault, mock.patch.dict(os.environ, {} if ops is None else {"MEGACTL_OPS": ops}):
         return _train(worker, run, corpus, plan)
 
@@ -64,7 +64,7 @@ def train(
 def _train(worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan) -> RankResult:
     mesh = worker.mesh(run.parallel)
     engine = TrainingStep(run, mesh)
-    micro_batch = _source(run, corpus, mesh)
+    micro_batch = source(run, corpus, mesh)
     outcomes, gradients = [], []
     for iteration, start, size, rate in plan.steps():
         batches = partial(micro_batch, start)
@@ -82,7 +82,7 @@ def _train(worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan) ->
     )  # fmt: skip
 
 
-def _source(run: Run, corpus: Corpus | PairCorpus, mesh: Mesh) -> Callable[[int, int], Batch]:
+def source(run: Run, corpus: Corpus | PairCorpus, mesh: Mesh) -> Callable[[int, int], Batch]:
     """(samples consumed, index) -> this replica's micro-batch."""
     options, size, dp = run.data, run.training.micro_batch_size, mesh.dp
     if isinstance(corpus, PairCorpus):
@@ -124,9 +124,23 @@ def _facts(engine: TrainingStep) -> dict[str, object]:
         "state": sum(state.exp_avg.numel() for state in states),
         "masters": sum(state.master.numel() for state in states if state.master.data_ptr() != state.param.data_ptr()),
         "buckets": len(flat.buckets),
+        "copies_differ": _copies_differ(engine),
         "padding_weight": _padding(engine, "param"),
         "padding_gradient": _padding(engine, "grad"),
     }
+
+
+def _copies_differ(engine: TrainingStep) -> int:
+    """Elements in which two copies of a weight in stages of this rank, or their optimizer states, differ; padding counts too."""
+    held: dict[str, torch.Tensor] = {}
+    differing = 0
+    for part in engine.parts:
+        for state in part.optimizer.states:
+            if state.bucket.tied:
+                for kind in ("param", "master", "exp_avg", "exp_avg_sq"):
+                    values = getattr(state, kind)
+                    differing += int((held.setdefault(kind, values) != values).sum())
+    return differing
 
 
 def _resident(buckets: list[torch.Tensor]) -> int:

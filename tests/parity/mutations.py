@@ -10,7 +10,22 @@ from unittest import mock
 
 from torch import Tensor, zeros_like
 
-from megactl.engine import data_parallel, flat, functional, loss_scale, parallelize, pipeline, tensor_parallel, training_step, zero
+from megactl.engine import (
+    boundary,
+    data_parallel,
+    flat,
+    functional,
+    gather,
+    loss_scale,
+    parallelize,
+    pipeline,
+    sharded_gradients,
+    tensor_parallel,
+    tiles,
+    training_step,
+    transient,
+    zero,
+)
 from megactl.engine.collectives import all_reduce
 from megactl.engine.models import transformer
 from megactl.engine.models.layers import Linear
@@ -182,6 +197,116 @@ def _summed_whole_linears(original: Callable) -> Callable:
     return mutated
 
 
+def _armed_early(original: Callable) -> Callable:
+    """Buckets that leave when a unit's input gradient is there, of a backward that puts its weight gradients off."""
+
+    def mutated(self, queue):
+        if queue is not None:
+            self.arm()
+
+    return mutated
+
+
+def _twice(original: Callable) -> Callable:
+    def mutated(*arguments):
+        original(*arguments)
+        original(*arguments)
+
+    return mutated
+
+
+def _first_copy_alone(original: Callable) -> Callable:
+    """The sum reaches only the copy that the norm counts."""
+
+    def mutated(optimizers, embedding):
+        tied = [state.grad for optimizer in optimizers for state in optimizer.states if state.bucket.tied]
+        before = tied[-1].clone() if tied else None
+        original(optimizers, embedding)
+        if tied:
+            tied[-1].copy_(before)
+
+    return mutated
+
+
+def _next_share(original: Callable) -> Callable:
+    """Each rank sends the share of its neighbour."""
+    return lambda self, tensor: tensor.contiguous().view(self.shares, -1)[(self.tp.rank + 1) % self.shares]
+
+
+def _before_it_is_filled(original: Callable) -> Callable:
+    """The second part of a backward that runs before the first."""
+
+    def mutated(self, action, received):
+        if (action.virtual_stage, action.microbatch) in self.split:
+            self.live[action.virtual_stage, action.microbatch].deferred.run()
+        original(self, action, received)
+        if (action.virtual_stage, action.microbatch) in self.deferred:
+            self.deferred[action.virtual_stage, action.microbatch] = functional.WeightQueue()
+
+    return mutated
+
+
+def _first_input_gradient(original: Callable) -> Callable:
+    """Every micro-batch but the last overwrites."""
+
+    def mutated(self, part, m):
+        return replace(original(self, part, m), accumulate=m == self.schedule.num_microbatches - 1)
+
+    return mutated
+
+
+def _last_rank_reports(original: property) -> property:
+    return property(lambda self: float(self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1))
+
+
+_PIPELINE_MUTATIONS = {
+    "W runs before its I": Mutation(
+        _patched(pipeline._Step, "_backward", _before_it_is_filled),
+        (1, 2, 1),
+        "gradient in step 1",
+        {"schedule": "zb-h1", "micro_batches": 3},
+    ),
+    "the first W adds to the last step": Mutation(
+        _patched(pipeline._Step, "_micro_batch", _changed(accumulate=True)),
+        (1, 2, 1),
+        "gradient in step 2",
+        {"schedule": "zb-h1", "micro_batches": 3},
+    ),
+    "later Ws overwrite": Mutation(
+        _patched(pipeline._Step, "_micro_batch", _first_input_gradient),
+        (1, 2, 1),
+        "gradient in step 1",
+        {"schedule": "zb-v", "micro_batches": 3},
+    ),
+    "buckets leave before W": Mutation(
+        _patched(data_parallel.GradientReducer, "defer_to", _armed_early),
+        (1, 2, 2),
+        "gradient in step 1",
+        {"schedule": "zb-h1", "bucket": 1, "micro_batches": 3},
+    ),
+    "a tied copy is summed twice": Mutation(
+        _patched(training_step, "reduce_tied", _twice), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"schedule": "zb-v"}
+    ),
+    "two tied copies on one rank are not summed": Mutation(
+        _patched(training_step, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"schedule": "zb-v"}
+    ),
+    "only one tied copy gets the sum": Mutation(
+        _patched(training_step, "reduce_tied", _first_copy_alone),
+        (1, 2, 1),
+        "gradient in step 1 embedding.tokens.weight",
+        {"schedule": "zb-v"},
+    ),
+    "the last rank reports the loss of a V": Mutation(
+        _patched(training_step.TrainingStep, "_reports_loss", _last_rank_reports),
+        (1, 2, 1),
+        "loss on rank 0, step 1",
+        {"schedule": "zb-v"},
+    ),
+    "scatter-gather mixes up the shares": Mutation(
+        _patched(boundary.Boundary, "to_send", _next_share), (2, 2, 1), "loss on rank 0, step 1", {"micro_batches": 3}
+    ),
+}
+
 _GPT_MUTATIONS = {
     "tied gradients are not summed": Mutation(
         _patched(training_step, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
@@ -276,4 +401,116 @@ _BERT_MUTATIONS = {
     ),
 }
 
-MUTATIONS = _GPT_MUTATIONS | {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
+
+def _twice(original: Callable) -> Callable:
+    def mutated(*arguments, **options):
+        original(*arguments, **options)
+        return original(*arguments, **options)
+
+    return mutated
+
+
+def _freed_before_use(original: Callable) -> Callable:
+    """The memory of what was gathered ahead goes back and is taken again, with something else in it."""
+
+    def mutated(self, unit, wanted):
+        original(self, unit, wanted)
+        for bucket in set(self._held) - wanted:
+            self._finish(bucket)
+            self.flat.weight_buffers[bucket].whole.fill_(0.5)
+
+    return mutated
+
+
+def _keep_begun(original: Callable) -> Callable:
+    def mutated(self):
+        begun = set(self._begun)
+        original(self)
+        self._begun = begun
+
+    return mutated
+
+
+def _as_a_step(original: Callable) -> Callable:
+    """What ends a step, after each micro-batch."""
+
+    def mutated(self):
+        original(self)
+        self.wait()
+
+    return mutated
+
+
+def _backwards(original: Callable) -> Callable:
+    """Tiles in the opposite order: their names and places say one thing, the model computes another."""
+
+    def mutated(self, x, micro_batch, **options):
+        self.tiles = type(self.tiles)(reversed(self.tiles))
+        try:
+            return original(self, x, micro_batch, **options)
+        finally:
+            self.tiles = type(self.tiles)(reversed(self.tiles))
+
+    return mutated
+
+
+def _poisoned(original: Callable) -> Callable:
+    def mutated(self):
+        fresh = not self.nbytes
+        original(self)
+        if fresh:
+            self.whole.fill_(float("nan"))
+
+    return mutated
+
+
+def _poisoned_gaps(original: Callable) -> Callable:
+    """What nobody writes is not cleared either."""
+
+    def mutated(self, index):
+        gaps = self.flat.buckets[index].gaps
+        original(self, index)
+        for start, stop in gaps:
+            self.flat.grad_buffers[index].whole[start:stop].fill_(1.0)
+
+    return mutated
+
+
+_REDUCER, _GATHERER = sharded_gradients.ShardedReducer, gather.WeightGatherer
+_THREE = {"zero": 3, "micro_batches": 3}
+_ZERO_MUTATIONS = {
+    "a shard is added twice": Mutation(
+        _patched(_REDUCER, "_take", _twice), (1, 1, 2), "gradient in step 1", {"zero": 2, "micro_batches": 3}
+    ),
+    "the first micro-batch adds to the last step's shard": Mutation(
+        _patched(_REDUCER, "wait", _keep_begun), (1, 1, 2), "gradient in step 2", {"zero": 2}
+    ),
+    "later micro-batches replace the shard": Mutation(
+        _patched(_REDUCER, "end_micro_batch", _as_a_step), (1, 1, 2), "gradient in step 1", {"zero": 2}
+    ),
+    "gaps between gradients enter the norm": Mutation(
+        _patched(_REDUCER, "_open", _poisoned_gaps), (1, 1, 2), "norm on rank 0, step 1", {"zero": 2}
+    ),
+    "a prefetched unit is freed before use": Mutation(
+        _patched(_GATHERER, "_enter", _freed_before_use), (1, 1, 2), "loss on rank 0, step 1", _THREE
+    ),
+    "gathered weights outlive the step": Mutation(_patched(_GATHERER, "_release", _nothing), (1, 1, 2), "loss on rank 0, step 2", _THREE),
+    "whole weights are not gathered": Mutation(
+        _patched(zero, "all_gather", _no_gather), (1, 1, 2), "weight", {"zero": 3, "threshold": 100}
+    ),
+    "tiles change places": Mutation(
+        _patched(tiles.TiledRow, "forward", _backwards), (1, 1, 2), "loss on rank 0, step 1", _THREE | {"tile": 2}
+    ),
+    "tiles are not summed over ranks in backward": Mutation(
+        _patched(tiles.TiledColumn, "_entered", lambda original: lambda self, x: x), (2, 1, 2), "gradient in step 1", _THREE | {"tile": 2}
+    ),
+}  # fmt: skip
+
+# What must not be seen.
+HARMLESS = {"memory that comes is not empty": Mutation(_patched(transient.TransientBuffer, "allocate", _poisoned), (1, 1, 2), "")}
+MUTATIONS = (
+    _GPT_MUTATIONS
+    | _PIPELINE_MUTATIONS
+    | _ZERO_MUTATIONS
+    | {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
+)
