@@ -140,8 +140,13 @@ def check(pools: Pools, run: Run) -> None:
             assert other.backward - one.backward == pytest.approx(formula.backward, rel=tolerance)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("model", "attention"), list(product(MODELS, ATTENTION)))
+EVERY = [
+    pytest.param(*names, precision, marks=[pytest.mark.nightly] if precision == "fp64" else [])
+    for names, precision in product(product(MODELS, ATTENTION), ("bf16", "fp64"))
+]
+
+
+@pytest.mark.parametrize(("model", "attention", "precision"), EVERY)
 def test_a_layer_keeps_what_the_formula_says(pools: Pools, model: str, attention: str, precision: str):
     for memory in MEMORY.values():
         check(pools, run_of(memory, precision=precision, **MODELS[model], **ATTENTION[attention]))
