@@ -51,7 +51,7 @@ def test_equals_one_process(parity: Parity, case: Case):
     assert not parity.deviations(case, TOLERANCE)
 
 
-@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.name)
 def test_nothing_reads_memory_that_nobody_has_written(parity: Parity, case: Case):
     assert not parity.deviations(case, TOLERANCE, mutation="memory that comes is not empty")
 
