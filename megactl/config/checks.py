@@ -181,6 +181,29 @@ def _tensor_parallel(names: Names) -> Iterator[Problem]:
         yield Problem(show("parallel.tensor_parallel"), rule, instead)
 
 
+def sequence_unit(run: Run) -> int:
+    """What the sequence length must be a multiple of: under a causal ring each rank holds two chunks, so that all have the same work."""
+    parallel = run.parallel
+    if parallel.context_parallel == 1:
+        return 1
+    return parallel.context_parallel * (2 if parallel.context_method == "ring" and run.model.architecture == "gpt" else 1)
+
+
+def _context_parallel(names: Names) -> Iterator[Problem]:
+    run, show = names.run, names.show
+    model, parallel, length, unit = run.model, run.parallel, run.training.seq_length, sequence_unit(run)
+    cp, tp = parallel.context_parallel, parallel.tensor_parallel
+    if length % unit:
+        chunks = f"{unit} chunks, two a rank" if unit > cp else f"{cp} parts, one a rank"
+        instead = f"use --seq-length {nearest_multiples(length, unit)}, or another --cp"
+        yield Problem(show("parallel.context_parallel"), f"cuts a sequence into {chunks}, and {show('training.seq_length')} has a rest", instead)
+    if cp > 1 and parallel.context_method == "all-to-all" and not model.num_heads % tp and model.num_heads // tp % cp:
+        where = f"{show('parallel.context_parallel')} with {show('parallel.context_method')}"
+        heads = f"the {model.num_heads // tp} heads of a rank ({show('model.num_heads')}, {show('parallel.tensor_parallel')})"
+        instead = f"use --cp-method ring, or --cp {nearest_divisors(cp, model.num_heads // tp)}"
+        yield Problem(where, f"trades tokens for heads, and must divide {heads}", instead)
+
+
 def _pipeline_parallel(names: Names) -> Iterator[Problem]:
     model, pp, show = names.run.model, names.run.parallel.pipeline_parallel, names.show
     if model.num_layers % pp:
@@ -262,6 +285,7 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_heads, ("model.hidden_size", "model.num_heads")),
     (_positions, ("model.max_positions", "training.seq_length")),
     (_tensor_parallel, ("model.num_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
+    (_context_parallel, ("model.num_heads", "parallel.tensor_parallel", "parallel.context_parallel", "training.seq_length")),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel")),
     (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),

@@ -77,7 +77,6 @@ def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refu
 # Each row goes with the commit that makes its setting work.
 _UNFINISHED: tuple[Refusal, ...] = (
     _unfinished("parallel.sequence_parallel", lambda run: run.parallel.sequence_parallel, "leave --sp out"),
-    _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
     _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
     _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
     _unfinished("parallel.pipeline_split", lambda run: run.parallel.pipeline_split is not None, "leave --pp-split out"),
@@ -103,6 +102,12 @@ REFUSED: tuple[Refusal, ...] = (
         lambda run: run.model.sentence_head is not None and run.model.architecture == "gpt",
         "only BERT is trained on sentence pairs",
         "use --model bert, or leave --sentence-head out",
+    ),
+    Refusal(
+        ("parallel.context_method", "parallel.context_parallel"),
+        lambda run: run.parallel.context_method != "ring" and run.parallel.context_parallel == 1,
+        "each rank holds whole sequences, and attention has nothing to exchange",
+        "use --cp 2 or more, or leave --cp-method out",
     ),
     Refusal(
         ("checkpoint.load", "checkpoint.resume"),

@@ -1,7 +1,8 @@
 """The one place where a plain model becomes a parallel one.
 
-In this order: build the stage's layers without memory (meta device), cut them over the tensor-parallel ranks, put what is
-left into flat buffers, draw the initial values of exactly those parts, hook the gradient reduction, add the optimizer.
+In this order: build the stage's layers without memory (meta device), cut them over the tensor-parallel ranks, let attention work
+over the context-parallel ones, put what is left into flat buffers, draw the initial values of exactly those parts, hook the gradient
+reduction, add the optimizer.
 Initial values are drawn by canonical name and global element, so every layout starts from the same model.
 """
 
@@ -15,6 +16,7 @@ from torch import nn
 from megactl.config.schema import Run
 from megactl.costmodel.parameters import padded_vocab, split_layers
 from megactl.engine import ops
+from megactl.engine.context_parallel import apply_context_parallel
 from megactl.engine.data_parallel import GradientReducer
 from megactl.engine.flat import FlatParameters, Placement
 from megactl.engine.mesh import Mesh
@@ -75,6 +77,7 @@ def build_stage(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> nn
             vocab_rows=padded_vocab(run.model.vocab_size, mesh.tp.size),
         )  # fmt: skip
         apply_tensor_parallel(model, mesh.tp)
+        apply_context_parallel(model, mesh, run.parallel.context_method)
     return model
 
 

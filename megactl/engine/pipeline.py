@@ -46,10 +46,10 @@ class StepInputs:
 
 
 class PipelineExecutor:
-    """Runs steps of one rank over its parts (stages)."""
+    """Runs steps of one rank over its parts (stages). masks_by_block: attention makes masks of documents itself, block by block."""
 
-    def __init__(self, parts: Sequence[Part], mesh: Mesh, *, hidden_size: int, dtype: torch.dtype) -> None:
-        self.parts = {part.virtual_stage: part for part in parts}
+    def __init__(self, parts: Sequence[Part], mesh: Mesh, *, hidden_size: int, dtype: torch.dtype, masks_by_block: bool = False) -> None:
+        self.parts, self.masks_by_block = {part.virtual_stage: part for part in parts}, masks_by_block
         self.mesh, self.hidden_size, self.dtype = mesh, hidden_size, dtype
 
     def run(self, schedule: LoweredSchedule, inputs: StepInputs) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,11 @@ class _Step:
     def _micro_batch(self, part: Part, m: int) -> MicroBatch:
         batch = self.inputs.batches[m]
         accumulate = self.trains and m != self.schedule.first_backward(part.virtual_stage)
-        return MicroBatch(self.inputs.rng[m], batch.position_ids, attention_mask(batch), accumulate, self.inputs.dropout, batch.token_types)
+        by_block = self.executor.masks_by_block and batch.segments is not None
+        mask, segments = (None, batch.segments) if by_block else (attention_mask(batch), None)
+        return MicroBatch(
+            self.inputs.rng[m], batch.position_ids, mask, accumulate, self.inputs.dropout, batch.token_types, batch.rows, segments
+        )  # fmt: skip
 
     def _backward(self, action: Action) -> None:
         stage, m = action.virtual_stage, action.microbatch

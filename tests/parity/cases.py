@@ -65,11 +65,13 @@ class Case:
     scale: float | None = None
     window: int = 1000
     steps: int = len(RATES)
+    cp: int = 1
+    cp_method: str = "ring"
 
     @property
     def world_size(self) -> int:
         """Ranks."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def name(self) -> str:
@@ -89,7 +91,7 @@ class Case:
             model=self._model(),
             parallel=Parallel(
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
-                bucket_size=self.bucket, overlap_grad_reduce=self.overlap,
+                bucket_size=self.bucket, overlap_grad_reduce=self.overlap, context_parallel=self.cp, context_method=self.cp_method,
             ),
             training=Training(
                 micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,

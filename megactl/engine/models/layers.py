@@ -25,6 +25,9 @@ class MicroBatch:
     backward adds to the gradient buffer (False in the first backward of a step). dropout: off in evaluation.
     position_ids [b, s]; attention_mask bool [b, 1, s or 1, s] (True: may look), or None where every token sees all that its model
     lets it see. token_types int64 [b, s], for encoders.
+    Where a rank holds some tokens of each sequence (s is their number then): rows int64 [b, s], the index of each within the
+    [samples, sequence] of the global batch; segments, the document of every token of whole sequences, where attention makes its masks
+    piece by piece.
     """
 
     rng: Tensor
@@ -33,13 +36,20 @@ class MicroBatch:
     accumulate: bool = False
     dropout: bool = True
     token_types: Tensor | None = None
+    rows: Tensor | None = None
+    segments: Tensor | None = None
+
+
+# A label that no loss counts: the default of torch's cross entropy.
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
 class Targets:
     """What a model's losses are computed against.
 
-    labels int64 [b, s]; mask [b, s], 0 where a label does not count; sentence_labels int64 [b], for models with a sentence head.
+    labels int64 [b, s]; mask [b, s], 0 where a label does not count; sentence_labels int64 [b], for models with a sentence head;
+    IGNORED_LABEL where another rank counts it.
     """
 
     labels: Tensor
@@ -166,6 +176,8 @@ class Dropout(nn.Module):
         """residual + dropout(x), both [b, s, h]."""
         if not self.drops(micro_batch):
             return x if residual is None else x + residual
+        if micro_batch.rows is not None:
+            return ops.dropout_add_rows(x, residual, self.probability, micro_batch.rng, self.site, micro_batch.rows)
         return ops.dropout_add(x, residual, self.probability, micro_batch.rng, self.site)
 
 
