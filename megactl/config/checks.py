@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from megactl.config.batch import parse_rampup, parse_warmup
+from megactl.config.layout import sequence_unit
 from megactl.config.memory import offload_targets
 from megactl.config.refused import refusals
 from megactl.config.schema import Run
@@ -181,22 +182,16 @@ def _tensor_parallel(names: Names) -> Iterator[Problem]:
         yield Problem(show("parallel.tensor_parallel"), rule, instead)
 
 
-def sequence_unit(run: Run) -> int:
-    """What the sequence length must be a multiple of: under a causal ring each rank holds two chunks, so that all have the same work."""
-    parallel = run.parallel
-    if parallel.context_parallel == 1:
-        return 1
-    return parallel.context_parallel * (2 if parallel.context_method == "ring" and run.model.architecture == "gpt" else 1)
-
-
 def _context_parallel(names: Names) -> Iterator[Problem]:
     run, show = names.run, names.show
-    model, parallel, length, unit = run.model, run.parallel, run.training.seq_length, sequence_unit(run)
+    model, parallel, length = run.model, run.parallel, run.training.seq_length
     cp, tp = parallel.context_parallel, parallel.tensor_parallel
+    unit = sequence_unit(run, cp)
     if length % unit:
         chunks = f"{unit} chunks, two a rank" if unit > cp else f"{cp} parts, one a rank"
         instead = f"use --seq-length {nearest_multiples(length, unit)}, or another --cp"
-        yield Problem(show("parallel.context_parallel"), f"cuts a sequence into {chunks}, and {show('training.seq_length')} has a rest", instead)
+        rule = f"cuts a sequence into {chunks}, and {show('training.seq_length')} is no multiple of {unit}"
+        yield Problem(show("parallel.context_parallel"), rule, instead)
     if cp > 1 and parallel.context_method == "all-to-all" and not model.num_heads % tp and model.num_heads // tp % cp:
         where = f"{show('parallel.context_parallel')} with {show('parallel.context_method')}"
         heads = f"the {model.num_heads // tp} heads of a rank ({show('model.num_heads')}, {show('parallel.tensor_parallel')})"
@@ -210,6 +205,13 @@ def _pipeline_parallel(names: Names) -> Iterator[Problem]:
         rule = f"must divide {show('model.num_layers')}"
         instead = f"use --pp {nearest_divisors(pp, model.num_layers)}, or --layers {nearest_multiples(model.num_layers, pp)}"
         yield Problem(show("parallel.pipeline_parallel"), rule, instead)
+
+
+def _recompute_layers(names: Names) -> Iterator[Problem]:
+    run, show = names.run, names.show
+    if run.memory.recompute_layers > run.model.num_layers:
+        rule = f"is more than {show('model.num_layers')}"
+        yield Problem(show("memory.recompute_layers"), rule, f"use --recompute-layers {run.model.num_layers}")
 
 
 def _pair_length(names: Names) -> Iterator[Problem]:
@@ -287,6 +289,7 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_tensor_parallel, ("model.num_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
     (_context_parallel, ("model.num_heads", "parallel.tensor_parallel", "parallel.context_parallel", "training.seq_length")),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel")),
+    (_recompute_layers, ("model.num_layers", "memory.recompute_layers")),
     (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),
     (_loss_scales, ("training.initial_loss_scale", "training.min_loss_scale")),

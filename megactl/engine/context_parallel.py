@@ -20,17 +20,19 @@ from megactl.config.schema import Run
 from megactl.engine.collectives import all_to_all
 from megactl.engine.data.batch import Batch
 from megactl.engine.mesh import Axis, Mesh
+from megactl.engine.models import MODELS
 from megactl.engine.models.layers import IGNORED_LABEL, CoreAttention, MicroBatch
 from megactl.engine.ring_attention import RingAttention, chunks_of, repeat_heads
 
 
 @dataclass(frozen=True)
 class SequenceShard:
-    """The part of every sequence that this rank holds: `positions` int64 [s / cp] of `seq_length`, ascending."""
+    """The part of every sequence that this rank holds: `positions` int64 [s / cp] of `seq_length`, ascending. ring: the method."""
 
     positions: Tensor
     seq_length: int
     rank: int
+    ring: bool
 
     @staticmethod
     def of(run: Run, mesh: Mesh) -> SequenceShard | None:
@@ -38,11 +40,11 @@ class SequenceShard:
         cp, length = mesh.cp, run.training.seq_length
         if cp.size == 1:
             return None
-        zigzag = run.parallel.context_method == "ring" and run.model.architecture == "gpt"
-        chunks = chunks_of(cp.rank, cp.size, zigzag=zigzag)
+        ring = run.parallel.context_method == "ring"
+        chunks = chunks_of(cp.rank, cp.size, zigzag=ring and MODELS[run.model.architecture].causal)
         size = length // (cp.size * len(chunks))
         pieces = [torch.arange(chunk * size, (chunk + 1) * size) for chunk in chunks]
-        return SequenceShard(torch.cat(pieces).to(mesh.device), length, cp.rank)
+        return SequenceShard(torch.cat(pieces).to(mesh.device), length, cp.rank, ring)
 
     def cut(self, batch: Batch, first_sample: Tensor) -> Batch:
         """This rank's tokens of a micro-batch on the device; what says who sees whom stays whole.
@@ -58,6 +60,7 @@ class SequenceShard:
         return batch._replace(
             tokens=self._take(batch.tokens), labels=self._take(batch.labels), loss_mask=self._take(batch.loss_mask),
             position_ids=self._take(batch.position_ids), token_types=self._take(batch.token_types), sentence_labels=labels, rows=rows,
+            segments=None if self.ring else batch.segments, block_segments=batch.segments if self.ring else None,
         )  # fmt: skip
 
     def _take(self, whole: Tensor | None) -> Tensor | None:

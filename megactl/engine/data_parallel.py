@@ -3,14 +3,20 @@
 Sums, not means: the loss is already divided by the tokens of the whole global batch. Only the last backward of a step
 reduces; before it the reducer is not armed. With ZeRO each bucket is reduce-scattered in place, so that slice r of a
 bucket holds rank r's sum and the other slices hold leftovers.
+
+Where backward comes in two parts, a unit is complete when its weight gradients have been taken off the queue, so the reducer
+puts a note on the queue behind them.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from torch import nn
 
 from megactl.engine.collectives import all_reduce, reduce_scatter
 from megactl.engine.flat import Bucket, FlatParameters
+from megactl.engine.functional import WeightQueue
 from megactl.engine.mesh import Axis
 
 
@@ -19,7 +25,7 @@ class GradientReducer:
 
     def __init__(self, model: nn.Module, flat: FlatParameters, replicas: Axis, *, zero: int, overlap: bool) -> None:
         self.flat, self.replicas, self.zero = flat, replicas, zero
-        self._armed = False
+        self._armed, self._deferred = False, None
         self._next, self._works = 0, []
         if replicas.size > 1 and overlap:
             # The first unit of the first stage takes integer ids, so no gradient passes through its input: `flush` covers it.
@@ -29,14 +35,24 @@ class GradientReducer:
 
     def _hook(self, unit: int):
         def done(*_) -> None:
-            if self._armed:
-                self._launch_above(unit)
+            if self._deferred is None:
+                self._passed(unit)
+            else:
+                self._deferred.add(partial(self._passed, unit))
 
         return done
 
+    def _passed(self, unit: int) -> None:
+        if self._armed:
+            self._launch_above(unit)
+
     def arm(self) -> None:
-        """Say that the next backward is the last of this step."""
+        """Say that the next weight gradients (a whole backward, or its second part) are the last of this step."""
         self._armed = True
+
+    def defer_to(self, queue: WeightQueue | None) -> None:
+        """Say where the next backward puts its weight gradients off to; None: it computes them."""
+        self._deferred = queue
 
     def flush(self) -> None:
         """Launch what is left; every gradient of this part is now complete."""

@@ -129,7 +129,7 @@ def _spec(model: nn.Module, prefix: str, module: nn.Module, leaf: str, parameter
         name, tuple(logical), tuple(rectangle), local, module.initial[leaf],
         decay=parameter.ndim > 1,
         counted=not is_copy and (split_dim is not None or mesh.tp.rank == 0),
-        tied=mesh.pp.size > 1 and not model.config.untie_embeddings and name == "embedding.tokens.weight",
+        tied=None in (model.embedding, model.head) and not model.config.untie_embeddings and name == "embedding.tokens.weight",
         is_copy=is_copy, unit=unit,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 In this order: build the stage's layers without memory (meta device), cut them over the tensor-parallel ranks, let attention work
 over the context-parallel ones, put what is left into flat buffers, draw the initial values of exactly those parts, hook the gradient
-reduction, add the optimizer.
+reduction, add the optimizer. What is computed again in backward is settled after the cuts, on the modules that will run.
 Initial values are drawn by canonical name and global element, so every layout starts from the same model.
 """
 
@@ -16,10 +16,11 @@ from torch import nn
 from megactl.config.schema import Run
 from megactl.costmodel.parameters import padded_vocab, split_layers
 from megactl.engine import ops
+from megactl.engine.activations import apply_recompute
 from megactl.engine.context_parallel import apply_context_parallel
 from megactl.engine.data_parallel import GradientReducer
 from megactl.engine.flat import FlatParameters, Placement
-from megactl.engine.mesh import Mesh
+from megactl.engine.mesh import Mesh, stage_ranks
 from megactl.engine.models import MODELS
 from megactl.engine.tensor_parallel import apply_tensor_parallel
 from megactl.engine.zero import ShardedOptimizer
@@ -50,12 +51,14 @@ def main_dtype(run: Run) -> torch.dtype:
 
 def build_parts(run: Run, mesh: Mesh) -> list[Part]:
     """This rank's share of each of its stages, in the order of the model. `run` is resolved."""
-    return [build_part(run, mesh, mesh.pp.rank, mesh.pp.size)]
+    ranks = stage_ranks(run.parallel)
+    return [build_part(run, mesh, stage, len(ranks)) for stage, rank in enumerate(ranks) if rank == mesh.pp.rank]
 
 
 def build_part(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> Part:
     """This rank's share of one stage. `run` is resolved."""
     model = build_stage(run, mesh, virtual_stage, num_stages)
+    apply_recompute(model, run, mesh)
     flat = FlatParameters(
         model, mesh, dtype=compute_dtype(run), main_dtype=main_dtype(run), bucket_size=run.parallel.bucket_size,
         shards=mesh.replicas.size,

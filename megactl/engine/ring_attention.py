@@ -183,7 +183,7 @@ class _Ring(Function):
                 for total, part in zip(grads, part_kv, strict=True):
                     total[:, :, block.keys] += part
             held = arrived[0] if more else held
-        grad_k, grad_v = _Passing([grads], cp).arrived()[0].to(k.dtype)
+        grad_k, grad_v = send_home(grads, cp).to(k.dtype)
         return grad_q.to(q.dtype), grad_k, grad_v, None
 
 
@@ -202,6 +202,11 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
 def _summed_groups(grad: Tensor, heads: int) -> Tensor:
     """Gradient of repeated heads [b, n, s, d] to that of the `heads` they were repeated from."""
     return grad if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2)
+
+
+def send_home(gradients: Tensor, cp: Axis) -> Tensor:
+    """The last hop of the gradients of keys and values: each rank held those of the next one's; returns its own."""
+    return _Passing([gradients], cp).arrived()[0]
 
 
 class _Passing:

@@ -55,12 +55,12 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, in], the same on every rank, to [b, s, out / tp]."""
-        return functional.linear(x, self.weight, self.bias, accumulate=micro_batch.accumulate, start_reduce=self._start_reduce)
+        return functional.linear(x, self.weight, self.bias, start_reduce=self._start_reduce, **micro_batch.weight_options())
 
     def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str) -> Tensor:
         """This rank's part of `Linear.gelu`."""
         return functional.linear_gelu(
-            x, self.weight, self.bias, approximate, accumulate=micro_batch.accumulate, start_reduce=self._start_reduce
+            x, self.weight, self.bias, approximate, start_reduce=self._start_reduce, **micro_batch.weight_options()
         )
 
     def _start_reduce(self, grad: Tensor) -> functional.Handle | None:
@@ -76,10 +76,11 @@ class RowParallelLinear(nn.Module):
         self.weight, self.bias = _shard(whole.weight, 1, tp.size), whole.bias
         self.split_dim = {"weight": 1}
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, in / tp] to [b, s, out], the same on every rank."""
-        y = functional.linear(x, self.weight, accumulate=micro_batch.accumulate)
-        return functional.add_bias(_sum_forward(y, self.tp), self.bias, accumulate=micro_batch.accumulate)
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, in / tp] to [b, s, out], the same on every rank; `unread` (see `functional.linear`) spares the sum as well."""
+        y = functional.linear(x, self.weight, **micro_batch.weight_options(), unread=unread)
+        y = y if unread else _sum_forward(y, self.tp)
+        return functional.add_bias(y, self.bias, **micro_batch.weight_options())
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -94,8 +95,8 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
         """tokens [b, s] to [b, s, h]: each id is held by one rank, the others add zeros."""
-        accumulate = micro_batch.accumulate or self.add_to_head
-        return _sum_forward(functional.embedding(tokens, self.weight, first_row=self.first_row, accumulate=accumulate), self.tp)
+        options = micro_batch.weight_options(self.add_to_head)
+        return _sum_forward(functional.embedding(tokens, self.weight, first_row=self.first_row, **options), self.tp)
 
 
 class _VocabReduce:
@@ -124,7 +125,7 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to this rank's logits [b, s, rows / tp]."""
-        return functional.linear(x, self.weight, self.bias, accumulate=micro_batch.accumulate, start_reduce=self._start_reduce)
+        return functional.linear(x, self.weight, self.bias, start_reduce=self._start_reduce, **micro_batch.weight_options())
 
     def _start_reduce(self, grad: Tensor) -> functional.Handle | None:
         return all_reduce(grad, self.tp.group, async_op=True)

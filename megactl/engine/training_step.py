@@ -21,11 +21,12 @@ from megactl.engine.context_parallel import SequenceShard
 from megactl.engine.data.batch import Batch
 from megactl.engine.flat import ParameterSpec
 from megactl.engine.loss_scale import LossScale
-from megactl.engine.mesh import Mesh
+from megactl.engine.mesh import Mesh, stage_ranks
 from megactl.engine.optimizer import clip_factor
 from megactl.engine.parallelize import Part, build_parts, compute_dtype, main_dtype
 from megactl.engine.pipeline import PipelineExecutor, StepInputs, targets_of
-from megactl.schedules import LoweredSchedule, build, generate, lower, validate_lowered
+from megactl.engine.zero import reduce_tied
+from megactl.schedules import LoweredSchedule, forward_only, generate, lower, validate_lowered
 
 Batches = Callable[[int], Batch]
 
@@ -58,10 +59,10 @@ class TrainingStep:
         self.run, self.mesh = run, mesh
         self.parts = build_parts(run, mesh)
         self.shard = SequenceShard.of(run, mesh)
+        self.stage_ranks = stage_ranks(run.parallel)
         self.executor = PipelineExecutor(
-            self.parts, mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run),
-            masks_by_block=self.shard is not None and run.parallel.context_method == "ring",
-        )  # fmt: skip
+            self.parts, mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run), scatter_gather=run.parallel.scatter_gather
+        )
         self._schedules: dict[tuple[str, int], LoweredSchedule] = {}
         self.loss_scale = LossScale(run.training, mesh.device)
         self._normaliser = self._scalar(1.0, torch.float64)
@@ -88,8 +89,7 @@ class TrainingStep:
         sums, counts = self.executor.run(self._schedule(self.run.parallel.schedule, count), inputs)
         for part in self.parts:
             part.reducer.wait()
-        for part in self.parts:
-            part.optimizer.reduce_tied()
+        reduce_tied([part.optimizer for part in self.parts], self.mesh.embedding)
         totals = self._totals(sums, counts, stop)
         return self._update(totals, global_batch_size)
 
@@ -101,7 +101,7 @@ class TrainingStep:
     @property
     def _reports_loss(self) -> float:
         """1 on the ranks whose loss counts: those of the last stage, of tensor-parallel ranks, which all see the same one, the first."""
-        return float(self.mesh.tp.rank == 0 and self.mesh.is_last_stage)
+        return float(self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.stage_ranks[-1])
 
     def _totals(self, sums: Tensor, counts: Tensor, stop: float) -> Tensor:
         """[squared norm, stop, k loss sums, k counts] over all ranks, in one reduction."""
@@ -164,12 +164,11 @@ class TrainingStep:
     def _schedule(self, name: str, count: int) -> LoweredSchedule:
         key = (name, count)
         if key not in self._schedules:
+            ranks = self.mesh.pp.size
             if name == "forward":
-                orders = [[("F", stage, m) for m in range(count)] for stage in range(self.mesh.pp.size)]
-                plain = build(name, orders, num_microbatches=count, stage_to_rank=range(self.mesh.pp.size))
-                self._schedules[key] = lower(plain)
+                self._schedules[key] = lower(forward_only(self.stage_ranks, count))
             else:
-                lowered = lower(generate(name, num_ranks=self.mesh.pp.size, num_microbatches=count))
+                lowered = lower(generate(name, num_ranks=ranks, num_microbatches=count, chunks=len(self.stage_ranks) // ranks))
                 validate_lowered(lowered)
                 self._schedules[key] = lowered
         return self._schedules[key]

@@ -7,6 +7,7 @@ one bucket while the next is updated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from megactl.config.schema import Optimizer
 from megactl.engine import ops
 from megactl.engine.collectives import all_gather, all_reduce
 from megactl.engine.flat import Bucket, FlatParameters, Segment
-from megactl.engine.mesh import Mesh
+from megactl.engine.mesh import Axis, Mesh
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -63,13 +64,6 @@ class ShardedOptimizer:
         start, stop = bucket.shard(self.mesh.replicas.rank, self.mesh.replicas.size)
         return [part for segment in bucket.segments if segment.counted and (part := segment.within(start, stop))]
 
-    def reduce_tied(self) -> None:
-        """Sum the two copies' gradients of a weight tied across the first and last stage (their shards, after the dp reduction)."""
-        axis = self.mesh.embedding
-        for state in self.states:
-            if state.bucket.tied and axis is not None:
-                all_reduce(state.grad, axis.group)
-
     def norm_squared(self) -> Tensor:
         """This rank's share of the squared global gradient norm, float64, 0-d."""
         if not self._norm_parts:
@@ -104,3 +98,18 @@ class ShardedOptimizer:
             low, high = max(start, state.start), min(stop, state.stop)
             if low < high and self.has_master:
                 state.master[low - state.start : high - state.start].copy_(values[low - start : high - start])
+
+
+def reduce_tied(optimizers: Sequence[ShardedOptimizer], embedding: Axis | None) -> None:
+    """Sum the two copies' gradients of a weight tied across the first and last stage (their shards, after the dp reduction).
+
+    `optimizers`: of this rank's stages. The copies are on two ranks, which `embedding` joins, or both here, where the schedule folds
+    the stages. Both copies get the same bits and so stay equal.
+    """
+    shares = [state.grad for optimizer in optimizers for state in optimizer.states if state.bucket.tied]
+    if len(shares) == 2:
+        first, last = shares
+        last.copy_(first.add_(last))
+    elif embedding is not None:
+        for share in shares:
+            all_reduce(share, embedding.group)

@@ -8,10 +8,24 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from unittest import mock
 
-from torch import Tensor, zeros_like
+from torch import Tensor, arange, cat, zeros_like
 
-from megactl.engine import data_parallel, flat, functional, loss_scale, parallelize, pipeline, tensor_parallel, training_step, zero
+from megactl.engine import (
+    block_attention,
+    context_parallel,
+    data_parallel,
+    flat,
+    functional,
+    loss_scale,
+    parallelize,
+    pipeline,
+    ring_attention,
+    tensor_parallel,
+    training_step,
+    zero,
+)
 from megactl.engine.collectives import all_reduce
+from megactl.engine.mesh import Axis
 from megactl.engine.models import transformer
 from megactl.engine.models.layers import Linear
 
@@ -182,9 +196,46 @@ def _summed_whole_linears(original: Callable) -> Callable:
     return mutated
 
 
+def _without_rescaling(original: Callable) -> Callable:
+    """Blocks of attention added up as if each were the whole softmax's share."""
+
+    def mutated(out, lse, block_out, block_lse):
+        out.add_(block_out)
+
+    return mutated
+
+
+def _labels_of_the_shard(original: Callable) -> Callable:
+    """The next token of the tokens at hand: at the end of a chunk that is one from elsewhere."""
+
+    def mutated(self, batch, first_sample):
+        made = original(self, batch, first_sample)
+        return made._replace(labels=cat([made.tokens[:, 1:], made.labels[:, -1:]], 1))
+
+    return mutated
+
+
+def _rows_of_the_shard(original: Callable) -> Callable:
+    def mutated(self, batch, first_sample):
+        made = original(self, batch, first_sample)
+        return made._replace(rows=made.rows - self.positions + arange(len(self.positions)))
+
+    return mutated
+
+
+def _labels_on_each_rank(original: Callable) -> Callable:
+    """Every rank of a sequence counts its label, with whatever token it holds first."""
+    return lambda self, batch, first: original(self, batch, first)._replace(sentence_labels=batch.sentence_labels)
+
+
+def _one_replica(original: Callable) -> Callable:
+    """The dp axis, which is one rank here, in place of all ranks with the same weights."""
+    return lambda model, flat, replicas, **options: original(model, flat, Axis(), **options)
+
+
 _GPT_MUTATIONS = {
     "tied gradients are not summed": Mutation(
-        _patched(zero.ShardedOptimizer, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
+        _patched(training_step, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
     ),
     "input gradients of layers are not summed": Mutation(
         _patched(tensor_parallel.ColumnParallelLinear, "_start_reduce", _nothing), (2, 1, 1), "gradient in step 1"
@@ -248,12 +299,30 @@ _GPT_MUTATIONS = {
     "masked tokens count in the mean": Mutation(
         _patched(training_step.TrainingStep, "_totals", _total(3, _all_labels)), (1, 1, 2), "gradient in step 1", {"documents": "eod"}
     ),
+    "the ring merges without rescaling": Mutation(
+        _patched(block_attention, "merge_", _without_rescaling), (1, 1, 1), "loss on rank 0, step 1", {"cp": 2}
+    ),
+    "labels of a divided sequence are the next token at hand": Mutation(
+        _patched(context_parallel.SequenceShard, "cut", _labels_of_the_shard), (1, 1, 1), "loss on rank 0, step 1", {"cp": 2}
+    ),
+    "dropout of a divided sequence counts tokens at hand": Mutation(
+        _patched(context_parallel.SequenceShard, "cut", _rows_of_the_shard), (1, 1, 1), "loss on rank 0, step 1", {"cp": 2, "dropout": 0.1}
+    ),
+    "gradients of a divided sequence are summed over dp alone": Mutation(
+        _patched(parallelize, "GradientReducer", _one_replica), (1, 1, 1), "gradient in step 1", {"cp": 2}
+    ),
+    "gradients of keys stay where they were computed": Mutation(
+        _patched(ring_attention, "send_home", lambda original: lambda gradients, cp: gradients), (1, 1, 1), "gradient in step 1", {"cp": 2}
+    ),
     "biases and norms decay": Mutation(_patched(flat, "_spec", _changed(decay=True)), (1, 1, 2), "weight"),
 }
 
 _BERT_MUTATIONS = {
     "padding is looked at": Mutation(
         _patched(pipeline, "attention_mask", _nothing), (1, 1, 2), "parts of the loss on rank 1, step 1", {"padding": True}
+    ),
+    "each rank of a sequence counts its label": Mutation(
+        _patched(context_parallel.SequenceShard, "cut", _labels_on_each_rank), (1, 1, 1), "loss on rank 0, step 1", {"cp": 2}
     ),
     "one token type": Mutation(_patched(pipeline._Step, "_micro_batch", _one_token_type), (1, 2, 1), "loss on rank 0, step 1"),
     "each replica divides by its own tokens": Mutation(
@@ -272,7 +341,7 @@ _BERT_MUTATIONS = {
         _patched(tensor_parallel, "_parallel_form", _summed_whole_linears), (2, 1, 1), "gradient in step 1 layers.1"
     ),
     "BERT's tied gradients are not summed": Mutation(
-        _patched(zero.ShardedOptimizer, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
+        _patched(training_step, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
     ),
 }
 

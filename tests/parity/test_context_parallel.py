@@ -37,6 +37,10 @@ CASES = [
     Case(cp=2, dp=2, zero=1, dropout=0.1, documents="eod", overlap=False),
     Case(cp=2, dp=2, zero=1, **BERT, **A2A, dropout=0.1),
     Case(cp=2, dp=2, ramp=True, overflow=True, clip=0.0),
+    Case(cp=2, recompute="selective", dropout=0.1, documents="reset"),
+    Case(cp=2, recompute="full", dropout=0.1, **BERT),
+    Case(cp=2, pp=2, vpp=2, dropout=0.1, documents="reset"),
+    Case(cp=2, pp=2, schedule="zb-h1", micro_batches=3, **A2A, dropout=0.1),
 ]
 
 

@@ -22,9 +22,11 @@ class MicroBatch:
     """What one forward of one micro-batch needs besides activations.
 
     rng: int64 [3] on the device: seed, step, index of the first sample within the global batch. accumulate: whether
-    backward adds to the gradient buffer (False in the first backward of a step). dropout: off in evaluation.
+    backward adds to the gradient buffer (False in the first backward of a step). deferred: where weight gradients are put off to, when
+    the schedule has backward in two parts. dropout: off in evaluation.
     position_ids [b, s]; attention_mask bool [b, 1, s or 1, s] (True: may look), or None where every token sees all that its model
-    lets it see. token_types int64 [b, s], for encoders.
+    lets it see. token_types int64 [b, s], for encoders. unread: nobody reads the values that the layer gives, only its backward runs
+    (the second forward of a recomputation): what backward does not read either need not be computed.
     Where a rank holds some tokens of each sequence (s is their number then): rows int64 [b, s], the index of each within the
     [samples, sequence] of the global batch; segments, the document of every token of whole sequences, where attention makes its masks
     piece by piece.
@@ -36,8 +38,14 @@ class MicroBatch:
     accumulate: bool = False
     dropout: bool = True
     token_types: Tensor | None = None
+    deferred: functional.WeightQueue | None = None
+    unread: bool = False
     rows: Tensor | None = None
     segments: Tensor | None = None
+
+    def weight_options(self, add: bool = False) -> functional.WeightOptions:
+        """What every operation that owns weights is told about their gradients. `add`: even the first micro-batch adds to the buffer."""
+        return {"accumulate": self.accumulate or add, "deferred": self.deferred}
 
 
 # A label that no loss counts: the default of torch's cross entropy.
@@ -81,13 +89,13 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features))
         self.initial = {"weight": Initial(std=std), "bias": Initial()}
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, in] to [b, s, out]."""
-        return functional.linear(x, self.weight, self.bias, accumulate=micro_batch.accumulate)
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, in] to [b, s, out]; `unread`: see `functional.linear`."""
+        return functional.linear(x, self.weight, self.bias, **micro_batch.weight_options(), unread=unread)
 
     def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str) -> Tensor:
         """GELU of `forward`, with the bias added on the way; `approximate` is torch's word for its form."""
-        return functional.linear_gelu(x, self.weight, self.bias, approximate, accumulate=micro_batch.accumulate)
+        return functional.linear_gelu(x, self.weight, self.bias, approximate, **micro_batch.weight_options())
 
 
 class LayerNorm(nn.Module):
@@ -102,11 +110,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, s, h]."""
-        return functional.layer_norm(x, self.weight, self.bias, self.epsilon, accumulate=micro_batch.accumulate)
+        return functional.layer_norm(x, self.weight, self.bias, self.epsilon, **micro_batch.weight_options())
 
     def add(self, x: Tensor, residual: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual), each [b, s, h]."""
-        return functional.add_layer_norm(x, residual, self.weight, self.bias, self.epsilon, accumulate=micro_batch.accumulate)
+        return functional.add_layer_norm(x, residual, self.weight, self.bias, self.epsilon, **micro_batch.weight_options())
 
 
 class VocabEmbedding(nn.Module):
@@ -123,7 +131,7 @@ class VocabEmbedding(nn.Module):
     def forward(self, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
         """tokens [b, s] to [b, s, h]."""
         # A weight shared with the head on this stage already holds the head's gradient when this backward runs.
-        return functional.embedding(tokens, self.weight, accumulate=micro_batch.accumulate or self.add_to_head)
+        return functional.embedding(tokens, self.weight, **micro_batch.weight_options(self.add_to_head))
 
 
 class WholeEmbedding(nn.Module):
@@ -136,7 +144,7 @@ class WholeEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, micro_batch: MicroBatch) -> Tensor:
         """ids [b, s] to [b, s, h]."""
-        return functional.embedding(ids, self.weight, accumulate=micro_batch.accumulate)
+        return functional.embedding(ids, self.weight, **micro_batch.weight_options())
 
 
 class VocabHead(nn.Module):
@@ -153,7 +161,7 @@ class VocabHead(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to logits [b, s, rows]."""
-        return functional.linear(x, self.weight, self.bias, accumulate=micro_batch.accumulate)
+        return functional.linear(x, self.weight, self.bias, **micro_batch.weight_options())
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Sum of the masked cross entropies, 0-d. In a training step its backward writes over the logits."""
@@ -248,6 +256,6 @@ class MLP(nn.Module):
         self.up = Linear(hidden, ffn, split="column", std=std)
         self.down = Linear(ffn, hidden, split="row", std=output_std)
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, h] to [b, s, h], before dropout."""
-        return self.down(self.up.gelu(x, micro_batch, self.approximate), micro_batch)
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, h] to [b, s, h], before dropout; `unread`: see `functional.linear`."""
+        return self.down(self.up.gelu(x, micro_batch, self.approximate), micro_batch, unread=unread)
