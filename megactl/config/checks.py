@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 from megactl.config.batch import parse_rampup, parse_warmup
+from megactl.config.layout import sequence_unit
 from megactl.config.memory import offload_targets
 from megactl.config.pipeline_split import SplitError, model_chunks, stage_layers
 from megactl.config.refused import refusals
@@ -224,6 +225,23 @@ def _tensor_parallel(names: Names) -> Iterator[Problem]:
         yield Problem(show("parallel.tensor_parallel"), rule, instead)
 
 
+def _context_parallel(names: Names) -> Iterator[Problem]:
+    run, show = names.run, names.show
+    model, parallel, length = run.model, run.parallel, run.training.seq_length
+    cp, tp = parallel.context_parallel, parallel.tensor_parallel
+    unit = sequence_unit(run, cp)
+    if length % unit:
+        chunks = f"{unit} chunks, two a rank" if unit > cp else f"{cp} parts, one a rank"
+        instead = f"use --seq-length {nearest_multiples(length, unit)}, or another --cp"
+        rule = f"cuts a sequence into {chunks}, and {show('training.seq_length')} is no multiple of {unit}"
+        yield Problem(show("parallel.context_parallel"), rule, instead)
+    if cp > 1 and parallel.context_method == "all-to-all" and not model.num_heads % tp and model.num_heads // tp % cp:
+        where = f"{show('parallel.context_parallel')} with {show('parallel.context_method')}"
+        heads = f"the {model.num_heads // tp} heads of a rank ({show('model.num_heads')}, {show('parallel.tensor_parallel')})"
+        instead = f"use --cp-method ring, or --cp {nearest_divisors(cp, model.num_heads // tp)}"
+        yield Problem(where, f"trades tokens for heads, and must divide {heads}", instead)
+
+
 def _pipeline_parallel(names: Names) -> Iterator[Problem]:
     model, parallel, show = names.run.model, names.run.parallel, names.show
     pp, chunks = parallel.pipeline_parallel, model_chunks(parallel)
@@ -345,6 +363,7 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_rotary, ("model.hidden_size", "model.num_heads", "model.rotary_percent", "model.rope_low_frequency", "model.rope_high_frequency")),
     (_positions, ("model.max_positions", "training.seq_length")),
     (_tensor_parallel, ("model.num_heads", "model.kv_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
+    (_context_parallel, ("model.num_heads", "parallel.tensor_parallel", "parallel.context_parallel", "training.seq_length")),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel", "parallel.virtual_pipeline")),
     (_recompute_layers, ("model.num_layers", "memory.recompute_layers")),
     (_tiles, ("model.hidden_size", "model.ffn_size", "parallel.tensor_parallel", "parallel.tile")),

@@ -86,11 +86,13 @@ class Case:
     activation: str = "gelu"
     kv_heads: int | None = None
     bias: bool = True
+    cp: int = 1
+    cp_method: str = "ring"
 
     @property
     def world_size(self) -> int:
         """Ranks."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def name(self) -> str:
@@ -113,6 +115,7 @@ class Case:
                 bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self._threshold(),
                 zero_prefetch=self.prefetch, split_layers=self.split_layers, tile=self.tile, virtual_pipeline=self.vpp,
                 scatter_gather=self.scatter, pipeline_split=self.split,
+                context_parallel=self.cp, context_method=self.cp_method,
             ),
             training=Training(
                 micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
