@@ -309,7 +309,8 @@ class Attention(nn.Module):
         if self.heads_a_group == 1:
             return qkv.unbind(3)
         heads, keys, values = qkv.split((self.heads_a_group, 1, 1), dim=3)
-        return heads.flatten(2, 3), keys.squeeze(3), values.squeeze(3)
+        # The heads of a group cannot be a view; keys and values as views would keep all of qkv beside that copy until backward.
+        return heads.flatten(2, 3), keys.squeeze(3).contiguous(), values.squeeze(3).contiguous()
 
 
 class MLP(nn.Module):
