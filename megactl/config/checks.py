@@ -279,13 +279,19 @@ def _tiles(names: Names) -> Iterator[Problem]:
     """A tile is an equal share of the outputs, or the inputs, that a rank has of each matrix of a layer."""
     model, parallel, show = names.run.model, names.run.parallel, names.show
     tp, tile = parallel.tensor_parallel, parallel.tile
-    ffn = model.ffn_size or 4 * model.hidden_size
-    if tile == 1 or model.hidden_size % tp or ffn % tp:
+    # Outputs of qkv, of what leads into the MLP; inputs of the two that write to the residual stream.
+    widths = {
+        "hidden": model.hidden_size,
+        "queries, keys and values": model.hidden_size // model.num_heads * (model.num_heads + 2 * model.key_value_heads),
+        "the MLP's width": model.mlp_width,
+    }
+    if any(width % tp for width in widths.values()):
         return
-    common = math.gcd(model.hidden_size // tp, ffn // tp)
+    common = math.gcd(*(width // tp for width in widths.values()))
     if common % tile:
-        where = f"hidden / tp = {model.hidden_size // tp} and the MLP's width / tp = {ffn // tp}"
-        yield Problem(show("parallel.tile"), f"must divide {where}", f"use --tile {nearest_divisors(tile, common)}")
+        over = f" / tp {tp}" if tp > 1 else ""
+        wrong = ", ".join(f"{name}{over} = {width // tp}" for name, width in widths.items() if width // tp % tile)
+        yield Problem(show("parallel.tile"), f"must divide {wrong}", f"use --tile {nearest_divisors(tile, common)}")
 
 
 def _pair_length(names: Names) -> Iterator[Problem]:
@@ -366,7 +372,7 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_context_parallel, ("model.num_heads", "parallel.tensor_parallel", "parallel.context_parallel", "training.seq_length")),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel", "parallel.virtual_pipeline")),
     (_recompute_layers, ("model.num_layers", "memory.recompute_layers")),
-    (_tiles, ("model.hidden_size", "model.ffn_size", "parallel.tensor_parallel", "parallel.tile")),
+    (_tiles, ("model.hidden_size", "model.num_heads", "model.kv_heads", "model.ffn_size", "parallel.tensor_parallel", "parallel.tile")),
     (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),
     (_loss_scales, ("training.initial_loss_scale", "training.min_loss_scale")),
