@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from megactl.config.batch import parse_rampup, parse_warmup
@@ -181,6 +182,18 @@ def _tensor_parallel(names: Names) -> Iterator[Problem]:
         yield Problem(show("parallel.tensor_parallel"), rule, instead)
 
 
+def _sequence_parallel(names: Names) -> Iterator[Problem]:
+    training, parallel, show = names.run.training, names.run.parallel, names.show
+    tp, cp = parallel.tensor_parallel, parallel.context_parallel
+    if not parallel.sequence_parallel or training.micro_batch_size * training.seq_length % (tp * cp) == 0:
+        return
+    where = f"{show('training.micro_batch_size')} with {show('training.seq_length')}"
+    ranks = show("parallel.tensor_parallel") + (f" x {show('parallel.context_parallel')}" if cp > 1 else "")
+    rule = f"with {show('parallel.sequence_parallel')} the tokens of a micro-batch must be a multiple of {ranks}"
+    lengths = nearest_multiples(training.seq_length, tp * cp // math.gcd(tp * cp, training.micro_batch_size))
+    yield Problem(where, rule, f"use --seq-length {lengths}, or leave --sp out")
+
+
 def _pipeline_parallel(names: Names) -> Iterator[Problem]:
     model, pp, show = names.run.model, names.run.parallel.pipeline_parallel, names.show
     if model.num_layers % pp:
@@ -262,6 +275,10 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_heads, ("model.hidden_size", "model.num_heads")),
     (_positions, ("model.max_positions", "training.seq_length")),
     (_tensor_parallel, ("model.num_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
+    (
+        _sequence_parallel,
+        ("training.micro_batch_size", "training.seq_length", "parallel.tensor_parallel", "parallel.context_parallel"),
+    ),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel")),
     (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),

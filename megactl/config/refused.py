@@ -76,7 +76,6 @@ def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refu
 
 # Each row goes with the commit that makes its setting work.
 _UNFINISHED: tuple[Refusal, ...] = (
-    _unfinished("parallel.sequence_parallel", lambda run: run.parallel.sequence_parallel, "leave --sp out"),
     _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
     _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
     _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
@@ -92,6 +91,12 @@ _UNFINISHED: tuple[Refusal, ...] = (
 
 REFUSED: tuple[Refusal, ...] = (
     *_UNFINISHED,
+    Refusal(
+        ("parallel.sequence_parallel", "parallel.tensor_parallel"),
+        lambda run: run.parallel.sequence_parallel and run.parallel.tensor_parallel == 1,
+        "the ranks of tensor parallelism share the tokens, and there is one",
+        "use --tp 2 or more, or leave --sp out",
+    ),
     Refusal(
         ("training.precision", "training.device"),
         lambda run: run.training.precision == "fp64" and run.training.device == "cuda",

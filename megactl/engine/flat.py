@@ -5,7 +5,8 @@
 
 Both have the same layout. Parameters stand in the order in which backward completes them (last layer first), so that a
 bucket can be reduced while the layers below it still compute. Inside a bucket they are grouped by (weight decay, counted in
-the norm), so that the optimizer and the norm see a few long segments. A bucket is padded to a multiple of
+the norm), so that the optimizer and the norm see a few long segments; those whose gradient is summed over the tensor-parallel
+ranks stand together in its middle, at the same place on each of them. A bucket is padded to a multiple of
 dp x ALIGNMENT elements: slice r of every bucket belongs to data-parallel rank r under ZeRO.
 """
 
@@ -31,6 +32,7 @@ class ParameterSpec:
     `rectangle` is the held part, [start, stop) in each dimension of `logical_shape`; padding rows are outside it.
     counted: whether this rank's copy enters the global norm (a copy on another rank does otherwise).
     tied: the embedding's weight when first and last stage both hold it; is_copy: the last stage's one.
+    partial: whole on each tensor-parallel rank, with the gradient of that rank's tokens (sequence parallelism).
     """
 
     name: str
@@ -43,6 +45,7 @@ class ParameterSpec:
     tied: bool
     is_copy: bool
     unit: int
+    partial: bool = False
 
     @property
     def held_shape(self) -> tuple[int, ...]:
@@ -86,13 +89,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Range [start, stop) of the flat buffers; complete once backward has passed `unit`."""
+    """Range [start, stop) of the flat buffers; complete once backward has passed `unit`.
+
+    `partial`: the range within it whose gradients are summed over the tensor-parallel ranks; None for none.
+    """
 
     start: int
     stop: int
     unit: int
     tied: bool
     segments: tuple[Segment, ...]
+    partial: tuple[int, int] | None = None
 
     def shard(self, rank: int, size: int) -> tuple[int, int]:
         """The slice of rank `rank` of `size`."""
@@ -130,7 +137,7 @@ def _spec(model: nn.Module, prefix: str, module: nn.Module, leaf: str, parameter
         decay=parameter.ndim > 1,
         counted=not is_copy and (split_dim is not None or mesh.tp.rank == 0),
         tied=mesh.pp.size > 1 and not model.config.untie_embeddings and name == "embedding.tokens.weight",
-        is_copy=is_copy, unit=unit,
+        is_copy=is_copy, unit=unit, partial=leaf in getattr(module, "partial_gradients", ()),
     )  # fmt: skip
 
 
@@ -171,8 +178,9 @@ def _place(specs: list[ParameterSpec], bucket_size: int, multiple: int) -> tuple
     buckets: list[Bucket] = []
     offset = 0
     for group in _groups(specs, bucket_size):
-        # Long runs of equal flags inside the bucket; the sort is stable, so the order is the same on every rank.
-        ordered = sorted(group, key=lambda spec: (not spec.decay, not spec.counted))
+        # Long runs of equal flags inside the bucket; the sort is stable, so the order is the same on every replica. Partial gradients
+        # stand last among those that decay and first among those that do not: one range, and no more runs than without it.
+        ordered = sorted(group, key=lambda spec: (not spec.decay, spec.partial == spec.decay, not spec.counted))
         start, segments = offset, []
         for spec in ordered:
             placements.append(Placement(spec, offset, len(buckets)))
@@ -183,7 +191,9 @@ def _place(specs: list[ParameterSpec], bucket_size: int, multiple: int) -> tuple
                 segments.append(Segment(offset, end, spec.decay, spec.counted))
             offset = end
         offset = start + -(-(offset - start) // multiple) * multiple
-        buckets.append(Bucket(start, offset, min(s.unit for s in group), group[0].tied, tuple(segments)))
+        summed = [placement for placement in placements[-len(ordered) :] if placement.spec.partial]
+        partial = (summed[0].start, summed[-1].stop) if summed else None
+        buckets.append(Bucket(start, offset, min(s.unit for s in group), group[0].tied, tuple(segments), partial))
     return placements, buckets, offset
 
 

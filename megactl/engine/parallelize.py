@@ -59,7 +59,7 @@ def build_part(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> Par
         shards=mesh.replicas.size,
     )  # fmt: skip
     zero = run.parallel.zero or 0
-    reducer = GradientReducer(model, flat, mesh.replicas, zero=zero, overlap=run.parallel.overlap_grad_reduce)
+    reducer = GradientReducer(model, flat, mesh, zero=zero, overlap=run.parallel.overlap_grad_reduce)
     optimizer = ShardedOptimizer(flat, mesh, zero, run.optimizer)
     for placement in flat.placements:
         initialise(placement, flat, optimizer, run.training.seed)
@@ -74,7 +74,7 @@ def build_stage(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> nn
             run.model, layers=layers, first=virtual_stage == 0, last=virtual_stage == num_stages - 1,
             vocab_rows=padded_vocab(run.model.vocab_size, mesh.tp.size),
         )  # fmt: skip
-        apply_tensor_parallel(model, mesh.tp)
+        apply_tensor_parallel(model, mesh.tp, sequence_parallel=run.parallel.sequence_parallel)
     return model
 
 

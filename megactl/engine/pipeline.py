@@ -23,6 +23,7 @@ from megactl.engine.functional import WeightQueue
 from megactl.engine.mesh import Mesh
 from megactl.engine.models.layers import MicroBatch, Targets
 from megactl.engine.parallelize import Part
+from megactl.engine.sequence_parallel import hidden_shape
 from megactl.schedules import INPUT_GRADIENT, Action, Exchange, Kind, LoweredSchedule
 
 # Exchanges whose sends may be under way: one whose peer is computing and the one after it.
@@ -49,10 +50,11 @@ class StepInputs:
 
 
 class PipelineExecutor:
-    """Runs steps of one rank over its parts (stages)."""
+    """Runs steps of one rank over its parts (stages). `sequence_parallel`: hidden states between stages are a rank's tokens only."""
 
-    def __init__(self, parts: Sequence[Part], mesh: Mesh, *, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, parts: Sequence[Part], mesh: Mesh, *, hidden_size: int, dtype: torch.dtype, sequence_parallel: bool = False) -> None:
         self.parts = {part.virtual_stage: part for part in parts}
+        self.token_ranks = mesh.tp.size if sequence_parallel else 1
         self.mesh, self.hidden_size, self.dtype = mesh, hidden_size, dtype
 
     def run(self, schedule: LoweredSchedule, inputs: StepInputs) -> tuple[Tensor, Tensor]:
@@ -181,7 +183,7 @@ class _Step:
             work.wait()
 
     def _empty(self, m: int) -> Tensor:
-        shape = (*self.inputs.batches[m].tokens.shape, self.executor.hidden_size)
+        shape = hidden_shape(self.inputs.batches[m].tokens.shape, self.executor.hidden_size, self.executor.token_ranks)
         return torch.empty(shape, dtype=self.executor.dtype, device=self.mesh.device)
 
 

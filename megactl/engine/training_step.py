@@ -56,7 +56,9 @@ class TrainingStep:
     def __init__(self, run: Run, mesh: Mesh) -> None:
         self.run, self.mesh = run, mesh
         self.parts = build_parts(run, mesh)
-        self.executor = PipelineExecutor(self.parts, mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run))
+        self.executor = PipelineExecutor(
+            self.parts, mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run), sequence_parallel=run.parallel.sequence_parallel
+        )
         self._schedules: dict[tuple[str, int], LoweredSchedule] = {}
         self.loss_scale = LossScale(run.training, mesh.device)
         self._normaliser = self._scalar(1.0, torch.float64)

@@ -108,6 +108,17 @@ RULES = [
     (["training.seed=4294967296"], 1, "--seed 4294967296: must be at most 4294967295"),
     (["parallel.zero=2"], 1, "--zero 2: this version has ZeRO stages 0 and 1; use --zero 1"),
     (["parallel.context_parallel=2"], 2, "--cp 2: attention over a split sequence is not part of this version; use --cp 1"),
+    (
+        ["parallel.sequence_parallel=true"],
+        1,
+        "--sp with --tp 1 (default): the ranks of tensor parallelism share the tokens, and there is one",
+    ),
+    (
+        ["parallel.sequence_parallel=true", "parallel.tensor_parallel=4", "training.seq_length=31", "training.micro_batch_size=2"],
+        4,
+        "--micro-batch-size 2 with --seq-length 31: with --sp the tokens of a micro-batch must be a multiple of --tp 4; "
+        "use --seq-length 30 or 32, or leave --sp out",
+    ),
     (["parallel.tensor_parallel=0"], 1, "--tp 0: must be at least 1; use 1 for none"),
     (["training.rampup_batch_size=1 1"], 1, "must be three whole numbers 'START INCREMENT SAMPLES'"),
     (["training.rampup_batch_size=2 2 100"], 1, "needs the batch size to grow to; give --global-batch-size"),

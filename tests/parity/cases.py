@@ -37,7 +37,7 @@ class Case:
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
     gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
     loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
-    `steps`: how many, with the rates in turn.
+    `steps`: how many, with the rates in turn. `micro_batch`: sequences in one. `sp`: sequence parallelism.
     """
 
     tp: int = 1
@@ -65,6 +65,8 @@ class Case:
     scale: float | None = None
     window: int = 1000
     steps: int = len(RATES)
+    micro_batch: int = MICRO_BATCH
+    sp: bool = False
 
     @property
     def world_size(self) -> int:
@@ -81,7 +83,7 @@ class Case:
         """The steps to do."""
         counts = (1, self.micro_batches, self.micro_batches + 1) if self.ramp else (self.micro_batches,) * self.steps
         rates = tuple(itertools.islice(itertools.cycle(RATES), self.steps))
-        return Plan(rates, tuple(MICRO_BATCH * self.dp * count for count in counts), frozenset({2} if self.overflow else ()))
+        return Plan(rates, tuple(self.micro_batch * self.dp * count for count in counts), frozenset({2} if self.overflow else ()))
 
     def run(self) -> Run:
         """The resolved configuration."""
@@ -89,10 +91,10 @@ class Case:
             model=self._model(),
             parallel=Parallel(
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
-                bucket_size=self.bucket, overlap_grad_reduce=self.overlap,
+                bucket_size=self.bucket, overlap_grad_reduce=self.overlap, sequence_parallel=self.sp,
             ),
             training=Training(
-                micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
+                micro_batch_size=self.micro_batch, global_batch_size=self.micro_batch * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
                 precision=self.precision, device="cpu", seed=self.seed, **self._loss_scale(),
             ),
             # In fp32 a large epsilon: where a gradient is zero but for rounding (the key's bias), a small one divides noise by noise.

@@ -64,7 +64,7 @@ def train(
 def _train(worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan) -> RankResult:
     mesh = worker.mesh(run.parallel)
     engine = TrainingStep(run, mesh)
-    micro_batch = _source(run, corpus, mesh)
+    micro_batch = source(run, corpus, mesh)
     outcomes, gradients = [], []
     for iteration, start, size, rate in plan.steps():
         batches = partial(micro_batch, start)
@@ -82,7 +82,7 @@ def _train(worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan) ->
     )  # fmt: skip
 
 
-def _source(run: Run, corpus: Corpus | PairCorpus, mesh: Mesh) -> Callable[[int, int], Batch]:
+def source(run: Run, corpus: Corpus | PairCorpus, mesh: Mesh) -> Callable[[int, int], Batch]:
     """(samples consumed, index) -> this replica's micro-batch."""
     options, size, dp = run.data, run.training.micro_batch_size, mesh.dp
     if isinstance(corpus, PairCorpus):

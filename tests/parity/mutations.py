@@ -8,12 +8,23 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from unittest import mock
 
-from torch import Tensor, zeros_like
+from torch import Tensor, ones_like, zeros_like
 
-from megactl.engine import data_parallel, flat, functional, loss_scale, parallelize, pipeline, tensor_parallel, training_step, zero
+from megactl.engine import (
+    data_parallel,
+    flat,
+    functional,
+    loss_scale,
+    parallelize,
+    pipeline,
+    sequence_parallel,
+    tensor_parallel,
+    training_step,
+    zero,
+)
 from megactl.engine.collectives import all_reduce
-from megactl.engine.models import transformer
-from megactl.engine.models.layers import Linear
+from megactl.engine.models import bert, transformer
+from megactl.engine.models.layers import Dropout, Linear
 
 
 @dataclass(frozen=True)
@@ -53,8 +64,8 @@ def _mean_over_replicas(original: Callable) -> Callable:
 
 
 def _head_zero(original: Callable) -> Callable:
-    def mutated(model, tp):
-        original(model, tp)
+    def mutated(model, tp, **options):
+        original(model, tp, **options)
         for module in model.modules():
             if hasattr(module, "first_head"):
                 module.first_head = 0
@@ -171,13 +182,59 @@ def _sentence_head_counted(original: Callable) -> Callable:
 def _summed_whole_linears(original: Callable) -> Callable:
     """Layers that every rank holds whole, with the reduction of the input gradient that divided ones need."""
 
-    def mutated(module, tp, sharded):
+    def mutated(module, tp, *rest):
         if isinstance(module, Linear) and module.split is None:
             module.forward = lambda x, micro_batch: functional.linear(
                 x, module.weight, module.bias, accumulate=micro_batch.accumulate,
                 start_reduce=lambda grad: all_reduce(grad, tp.group, async_op=True),
             )  # fmt: skip
-        return original(module, tp, sharded)
+        return original(module, tp, *rest)
+
+    return mutated
+
+
+def _twice(original: Callable) -> Callable:
+    def mutated(self, bucket, **options):
+        original(self, bucket)
+        return original(self, bucket, **options)
+
+    return mutated
+
+
+def _ranks_reversed(original: Callable) -> Callable:
+    def mutated(self, x):
+        whole, handle = original(self, x)
+        handle.wait()
+        return whole.view(self.tp.size, -1).flip(0).view_as(whole), handle
+
+    return mutated
+
+
+def _ones(original: Callable) -> Callable:
+    """Ones in place of the tokens that come together for a weight gradient."""
+
+    def mutated(x, gather, deferred):
+        tokens = original(x, gather, deferred)
+        return tokens and (lambda: ones_like(tokens()))
+
+    return mutated
+
+
+def _summed_gradient(original: Callable) -> Callable:
+    def mutated(ctx, grad):
+        grad = grad.clone()
+        all_reduce(grad, ctx.tokens.tp.group)
+        return original(ctx, grad)
+
+    return mutated
+
+
+def _but_linears(original: Callable) -> Callable:
+    def mutated(model):
+        original(model)
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.partial_gradients = frozenset()
 
     return mutated
 
@@ -276,4 +333,44 @@ _BERT_MUTATIONS = {
     ),
 }
 
-MUTATIONS = _GPT_MUTATIONS | {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
+_SEQUENCE_MUTATIONS = {
+    "gradients of norms are not summed over the tensor-parallel ranks": Mutation(
+        _patched(data_parallel.GradientReducer, "_sum_partial", _nothing), (2, 1, 1), "gradient in step 1"
+    ),
+    "gradients of norms are summed twice": Mutation(
+        _patched(data_parallel.GradientReducer, "_sum_partial", _twice), (2, 1, 2), "gradient in step 1 final_norm.weight", {"zero": 1}
+    ),
+    "dropout does not know which tokens it is given": Mutation(
+        _patched(sequence_parallel.RankDropout, "forward", lambda original: Dropout.forward), (2, 1, 1), "loss on rank 0", {"dropout": 0.1}
+    ),
+    "tokens are gathered in another order": Mutation(
+        _patched(sequence_parallel.RankTokens, "start_gather", _ranks_reversed), (2, 1, 1), "loss on rank 0, step 1"
+    ),
+    "the input is not gathered again": Mutation(
+        _patched(functional, "_start_tokens", _ones), (2, 1, 1), "gradient in step 1 layers.0.attention.qkv.weight"
+    ),
+    "every rank takes the positions of the first": Mutation(
+        _patched(sequence_parallel.RankTokens, "rows", lambda original: lambda self, table: table.reshape(1, -1)[:, : self.count]),
+        (2, 1, 1),
+        "loss on rank 0, step 1",
+        {"documents": "reset"},
+    ),
+    "the first token's gradient is summed over the ranks": Mutation(
+        _patched(sequence_parallel._FirstTokens, "backward", _summed_gradient), (2, 1, 1), "gradient in step 1 layers", {"model": "bert"}
+    ),
+    "the sentence head's gradients are summed": Mutation(
+        _patched(bert.SentenceHead, "of_sequences", lambda original: False),
+        (2, 1, 1),
+        "gradient in step 1 head.sentence",
+        {"model": "bert"},
+    ),
+    "BERT's dense layer is not summed": Mutation(
+        _patched(tensor_parallel, "mark_partial_gradients", _but_linears), (2, 1, 1), "gradient in step 1 head.dense", {"model": "bert"}
+    ),
+}
+
+MUTATIONS = (
+    _GPT_MUTATIONS
+    | {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
+    | {name: replace(fault, settings={"sp": True, **fault.settings}) for name, fault in _SEQUENCE_MUTATIONS.items()}
+)

@@ -157,6 +157,14 @@ class VocabHead(nn.Module):
         return functional.cross_entropy_sum(logits, labels, mask, num_rows=self.vocab_size, overwrite=overwrite)
 
 
+class FirstToken(nn.Module):
+    """The first token of each sequence; a module, so that it can be another where a rank has not all tokens."""
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """x [b, s, h] to [b, h]."""
+        return x[:, 0]
+
+
 class Dropout(nn.Module):
     """Dropout added to a residual, drawn from (seed, step, element): `site` tells the dropouts of a model apart."""
 
@@ -226,9 +234,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, s, h], before dropout."""
-        b, s, _ = x.shape
-        qkv = self.qkv(x, micro_batch).view(b, s, -1, 3, self.head_dim)  # heads at hand = columns at hand / 3d
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))
+        qkv = self.qkv(x, micro_batch)
+        # Of the product, not of x: a linear that is divided over ranks may get x with the tokens divided over them.
+        b, s, _ = qkv.shape
+        q, k, v = (part.transpose(1, 2) for part in qkv.view(b, s, -1, 3, self.head_dim).unbind(3))  # heads at hand = columns / 3d
         y = self.core(q, k, v, micro_batch)
         return self.output(y.transpose(1, 2).reshape(b, s, -1), micro_batch)
 
