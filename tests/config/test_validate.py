@@ -111,7 +111,7 @@ RULES = [
     (
         ["parallel.sequence_parallel=true"],
         1,
-        "--sp with --tp 1 (default): the ranks of tensor parallelism share the tokens, and there is one",
+        "--sp with --tp 1 (default): the ranks of tensor parallelism share the tokens",
     ),
     (
         ["parallel.sequence_parallel=true", "parallel.tensor_parallel=4", "training.seq_length=31", "training.micro_batch_size=2"],
