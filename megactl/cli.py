@@ -38,7 +38,7 @@ COMMANDS: dict[str, Row] = {
     "report": Row("megactl.commands.report:report", "A page with plots of a run."),
     "slurm": Row("megactl.commands.slurm:app", "Write, check and submit Slurm scripts."),
     "doctor": Row("megactl.commands.doctor:doctor", "Is this machine, or every node of a job, fit to train?"),
-    "bench": Row("megactl.commands.bench:app", "Time the compiled operators beside torch's."),
+    "bench": Row("megactl.commands.bench:app", "Time operators beside torch's, and training under several sets of options."),
 }
 
 # What brings a package that only some commands need.

@@ -127,7 +127,8 @@ def _plot_problems(typed: Typed) -> list[Problem]:
     if typed.plot is None and typed.experiment is None:
         return []
     from megactl.config.settings import nearest
-    from megactl.report.logs.figures import ENDINGS, EXPERIMENTS
+    from megactl.report.drawing import ENDINGS
+    from megactl.report.logs.figures import EXPERIMENTS
 
     problems = []
     if typed.plot is not None and typed.plot.suffix.lower() not in ENDINGS:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from megactl.config.batch import parse_rampup, parse_warmup
 from megactl.config.memory import offload_targets
+from megactl.config.pipeline_split import SplitError, model_chunks, stage_layers
 from megactl.config.refused import refusals
 from megactl.config.schema import Run
 from megactl.config.settings import all_settings
@@ -195,11 +196,36 @@ def _sequence_parallel(names: Names) -> Iterator[Problem]:
 
 
 def _pipeline_parallel(names: Names) -> Iterator[Problem]:
-    model, pp, show = names.run.model, names.run.parallel.pipeline_parallel, names.show
-    if model.num_layers % pp:
+    model, parallel, show = names.run.model, names.run.parallel, names.show
+    pp, chunks = parallel.pipeline_parallel, model_chunks(parallel)
+    if parallel.pipeline_split is not None:
+        yield from _pipeline_split(names, pp * chunks)
+    elif model.num_layers % (pp * chunks):
+        stages, where = f"the {pp * chunks} stages of {show('parallel.pipeline_parallel')}", "parallel.virtual_pipeline"
+        where = "parallel.schedule" if parallel.schedule == "zb-v" else where
         rule = f"must divide {show('model.num_layers')}"
-        instead = f"use --pp {nearest_divisors(pp, model.num_layers)}, or --layers {nearest_multiples(model.num_layers, pp)}"
-        yield Problem(show("parallel.pipeline_parallel"), rule, instead)
+        layers, split = nearest_multiples(model.num_layers, pp * chunks), "or --pp-split for stages that are not equal"
+        if chunks == 1:
+            instead = f"use --pp {nearest_divisors(pp, model.num_layers)}, or --layers {layers}, {split}"
+            yield Problem(show("parallel.pipeline_parallel"), rule, instead)
+        else:
+            yield Problem(f"{stages} with {show(where)}", rule, f"use --layers {layers}, {split}")
+
+
+def _pipeline_split(names: Names, num_stages: int) -> Iterator[Problem]:
+    model, text = names.run.model, names.run.parallel.pipeline_split
+    assert text is not None
+    try:
+        stage_layers(model.num_layers, num_stages, text)
+    except SplitError as error:
+        yield Problem(names.show("parallel.pipeline_split"), error.rule, error.instead)
+
+
+def _recompute_layers(names: Names) -> Iterator[Problem]:
+    run, show = names.run, names.show
+    if run.memory.recompute_layers > run.model.num_layers:
+        rule = f"is more than {show('model.num_layers')}"
+        yield Problem(show("memory.recompute_layers"), rule, f"use --recompute-layers {run.model.num_layers}")
 
 
 def _pair_length(names: Names) -> Iterator[Problem]:
@@ -279,7 +305,8 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
         _sequence_parallel,
         ("training.micro_batch_size", "training.seq_length", "parallel.tensor_parallel", "parallel.context_parallel"),
     ),
-    (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel")),
+    (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel", "parallel.virtual_pipeline")),
+    (_recompute_layers, ("model.num_layers", "memory.recompute_layers")),
     (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),
     (_loss_scales, ("training.initial_loss_scale", "training.min_loss_scale")),

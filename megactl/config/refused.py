@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from megactl.config.memory import offload_targets
 from megactl.config.schema import Data, Run
 from megactl.config.shown import Names
 from megactl.errors import Problem
@@ -70,6 +71,60 @@ def _loss_scale_rows() -> Iterator[Refusal]:
         )
 
 
+def _offloaded(run: Run) -> frozenset[str]:
+    """What --offload names; nothing where it cannot be read, which is a mistake of its own."""
+    try:
+        return offload_targets(run.memory.offload)
+    except ValueError:
+        return frozenset()
+
+
+def _needs_full(name: str, given: Callable[[Run], bool], reason: str, flag: str) -> Refusal:
+    """A setting that works on the saved inputs of full recomputation."""
+    applies = lambda run: given(run) and run.memory.recompute != "full"  # noqa: E731
+    return Refusal((name, "memory.recompute"), applies, reason, f"use --recompute full, or leave {flag} out")
+
+
+_RECOMPUTE_ROWS = (
+    _needs_full(
+        "memory.recompute_method",
+        lambda run: run.memory.recompute_method != "uniform",
+        "only full recomputation has groups of layers",
+        "--recompute-method",
+    ),
+    _needs_full(
+        "memory.recompute_layers",
+        lambda run: run.memory.recompute_layers > 1,
+        "only full recomputation has groups of layers",
+        "--recompute-layers",
+    ),
+    _needs_full(
+        "memory.partition_activations",
+        lambda run: run.memory.partition_activations,
+        "only the inputs that full recomputation saves are the same on all ranks of --tp, so that each may keep a share",
+        "--partition-activations",
+    ),
+    Refusal(
+        ("memory.partition_activations", "parallel.tensor_parallel"),
+        lambda run: run.memory.partition_activations and run.parallel.tensor_parallel == 1,
+        "saved inputs are shared over the ranks of --tp, and there is one",
+        "use --tp 2 or more, or leave --partition-activations out",
+    ),
+    Refusal(
+        ("memory.partition_activations", "parallel.sequence_parallel"),
+        lambda run: run.memory.partition_activations and run.parallel.sequence_parallel,
+        "under sequence parallelism a rank's saved inputs are its own share of the tokens already",
+        "leave --partition-activations out: each rank keeps 1 / tp of them all the same",
+    ),
+    _needs_full(
+        "memory.offload",
+        lambda run: "activations" in _offloaded(run),
+        "only the inputs of recomputed layers are few enough bytes to copy beside the computing; a layer keeps 17 times as many",
+        "activations in --offload",
+    ),
+)
+
+
 def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refusal:
     return Refusal((name,), applies, "is not finished in this tree", instead)
 
@@ -79,13 +134,7 @@ _UNFINISHED: tuple[Refusal, ...] = (
     _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
     _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
     _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
-    _unfinished("parallel.pipeline_split", lambda run: run.parallel.pipeline_split is not None, "leave --pp-split out"),
-    _unfinished("parallel.zero", lambda run: (run.parallel.zero or 0) > 1, "use --zero 1"),
-    _unfinished("parallel.split_layers", lambda run: run.parallel.split_layers, "leave --split-layers out"),
-    _unfinished("parallel.tile", lambda run: run.parallel.tile > 1, "use --tile 1"),
-    _unfinished("memory.recompute", lambda run: run.memory.recompute != "none", "use --recompute none"),
-    _unfinished("memory.partition_activations", lambda run: run.memory.partition_activations, "leave --partition-activations out"),
-    _unfinished("memory.offload", lambda run: run.memory.offload is not None, "leave --offload out"),
+    _unfinished("memory.offload", lambda run: bool(_offloaded(run) - {"activations"}), "use --offload activations"),
 )
 
 
@@ -96,6 +145,30 @@ REFUSED: tuple[Refusal, ...] = (
         lambda run: run.parallel.sequence_parallel and run.parallel.tensor_parallel == 1,
         "the ranks of tensor parallelism share the tokens, and there is one",
         "use --tp 2 or more, or leave --sp out",
+    ),
+    Refusal(
+        ("parallel.virtual_pipeline", "parallel.pipeline_parallel"),
+        lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.pipeline_parallel == 1,
+        "one pipeline rank waits for no other, so there is no bubble that more chunks could shorten",
+        "use --vpp 1, or --pp 2 or more",
+    ),
+    Refusal(
+        ("parallel.virtual_pipeline", "parallel.schedule"),
+        lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.schedule == "zb-v",
+        "the V has two chunks on each rank, no more and no less",
+        "leave --vpp out, or use --schedule 1f1b",
+    ),
+    Refusal(
+        ("parallel.virtual_pipeline", "parallel.schedule"),
+        lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.schedule in ("gpipe", "zb-h1", "zb-h2"),
+        "this order is made for one stage a rank, and only 1f1b is interleaved",
+        "use --schedule 1f1b, or --vpp 1",
+    ),
+    Refusal(
+        ("parallel.pipeline_split", "parallel.pipeline_parallel"),
+        lambda run: run.parallel.pipeline_split is not None and run.parallel.pipeline_parallel == 1,
+        "one pipeline rank holds all layers, and there is nothing to split",
+        "use --pp 2 or more, or leave --pp-split out",
     ),
     Refusal(
         ("training.precision", "training.device"),
@@ -166,6 +239,7 @@ REFUSED: tuple[Refusal, ...] = (
     *(_only_for(name, "bert", reason) for name, reason in _FOR_BERT.items()),
     *(_only_for(name, "gpt", reason) for name, reason in _FOR_GPT.items()),
     *_loss_scale_rows(),
+    *_RECOMPUTE_ROWS,
 )
 
 

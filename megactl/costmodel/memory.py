@@ -9,10 +9,11 @@ Symbols: s tokens, b sequences in a micro-batch, h hidden, f MLP width, a heads,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from megactl.config.schema import Model
-from megactl.costmodel.parameters import ffn_width, is_encoder, padded_vocab, split_layers, stage_parts, vocabulary
+from megactl.costmodel.parameters import ffn_width, is_encoder, padded_vocab, split_layers, stage_parts, stage_ranks, vocabulary
 from megactl.errors import ConfigError, Problem
 
 
@@ -81,6 +82,8 @@ class Layout:
     zero: int = 0
     precision: str = "fp32"
     schedule: str = "1f1b"
+    virtual_pipeline: int = 1
+    split: str | None = None
 
     def problems(self) -> list[Problem]:
         """Every value that no run can have."""
@@ -93,8 +96,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank of one stage. `total` is the peak of an iteration, so logits and transient do not add up.
+    """Bytes on one rank. `total` is the peak of an iteration, so logits and transient do not add up.
 
+    stage: its pipeline rank; the virtual stages it holds count together. live_microbatches: at the peak, each once a virtual stage.
     weights, gradients, optimizer: there all the time. activations: kept for backward by all live micro-batches together, with the
     output each of them sends on. logits: head and loss of the last stage at their peak. transient: working set of one layer.
     """
@@ -125,48 +129,73 @@ class MemoryEstimate:
 
 
 def estimate_memory(model: Model, layout: Layout) -> MemoryEstimate:
-    """The estimate of the fullest stage. See `estimate_stage`."""
+    """The estimate of the fullest pipeline rank. See `estimate_stage`."""
     return max(estimate_stages(model, layout), key=lambda estimate: estimate.total)
 
 
 def estimate_stages(model: Model, layout: Layout) -> tuple[MemoryEstimate, ...]:
-    """One estimate a pipeline stage: early ones hold more micro-batches, the last one holds the logits."""
+    """One estimate a pipeline rank: early ones hold more micro-batches, the one with the last stage holds the logits."""
     return tuple(estimate_stage(model, layout, stage) for stage in range(layout.pipeline_parallel))
 
 
-def estimate_stage(model: Model, layout: Layout, stage: int) -> MemoryEstimate:
-    """Peak bytes of tensors on one rank of a stage, without activation recomputation.
+def estimate_stage(model: Model, layout: Layout, rank: int) -> MemoryEstimate:
+    """Peak bytes of tensors on a rank that holds the virtual stages of pipeline rank `rank`, without activation recomputation.
 
     Left out: the CUDA context (0.5 to 2 GB), communication buffers of NCCL and of transfers in flight, library workspaces,
     the caching allocator's fragmentation (2 to 6 % of the rest), masks of documents (`reset_attention_mask`), dropout masks where
     the compiled operators are not built, and the square that scaled_dot_product_attention stores where it has no fused kernel.
     Raises ConfigError where the layout does not divide the model.
     """
-    # The schedules take a fifth of a desk command's start, and most of those ask for no activations.
-    from megactl.schedules.generators import max_live_microbatches
-
     problems = layout.problems()
     if problems:
         raise ConfigError(problems)
-    pp = layout.pipeline_parallel
-    parts = stage_parts(model, tp=layout.tensor_parallel, num_stages=pp, stage=stage, seq_length=layout.seq_length)
-    parameters = sum(parts.values())
+    placed = stage_ranks(layout.pipeline_parallel, layout.schedule, layout.virtual_pipeline)
+    held = [stage for stage, owner in enumerate(placed) if owner == rank]
+    shape = {"tp": layout.tensor_parallel, "num_stages": len(placed), "seq_length": layout.seq_length, "split": layout.split}
+    parameters = sum(sum(stage_parts(model, stage=stage, **shape).values()) for stage in held)
     state = model_state(parameters, layout.precision, zero=layout.zero, data_parallel=layout.data_parallel)
-    live = max_live_microbatches(layout.schedule, stage=stage, num_ranks=pp, num_microbatches=layout.num_microbatches)
-    layers, last = len(split_layers(model.num_layers, pp)[stage]), stage == pp - 1
     sizes = _Sizes.of(model, layout)
-    kept = layers * layer_activations(model, layout) + (0 if last else sizes.hidden) + (_embedding(model, sizes) if stage == 0 else 0)
+    live = live_at_peak(layout, rank, {stage: _kept(model, layout, sizes, stage, len(placed)) for stage in held})
     return MemoryEstimate(
-        stage=stage,
+        stage=rank,
         parameters=parameters,
-        live_microbatches=live,
+        live_microbatches=live.microbatches,
         weights=state.weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
-        activations=live * kept,
-        logits=_logits(sizes, live) if last else 0,
+        activations=live.total,
+        logits=_logits(sizes, live.of_last) if len(placed) - 1 in held else 0,
         transient=_layer_transient(sizes),
     )
+
+
+def _kept(model: Model, layout: Layout, sizes: _Sizes, stage: int, num_stages: int) -> int:
+    """Bytes one virtual stage keeps for a micro-batch: its layers, the output it sends on, what the embedding keeps."""
+    layers = len(split_layers(model.num_layers, num_stages, layout.split)[stage])
+    sent = 0 if stage == num_stages - 1 else sizes.hidden
+    return layers * layer_activations(model, layout) + sent + (_embedding(model, sizes) if stage == 0 else 0)
+
+
+@dataclass(frozen=True)
+class LivePeak:
+    """The fullest moment of a rank: what its live micro-batches keep together, how many (each once a virtual stage), and how many of
+    the last virtual stage it ever holds."""
+
+    total: int
+    microbatches: int
+    of_last: int
+
+
+def live_at_peak(layout: Layout, rank: int, kept: Mapping[int, int]) -> LivePeak:
+    """Walk the rank's order of computations; `kept` is what each of its virtual stages keeps for one micro-batch (any unit)."""
+    # The schedules take a fifth of a desk command's start, and most of those ask for no activations.
+    from megactl.schedules.generators import max_live_microbatches, num_chunks, peak_live
+
+    pp, m = layout.pipeline_parallel, layout.num_microbatches
+    chunks = num_chunks(layout.schedule, layout.virtual_pipeline)
+    total, live = peak_live(layout.schedule, kept, rank=rank, num_ranks=pp, num_microbatches=m, chunks=chunks)
+    last = max_live_microbatches(layout.schedule, stage=pp * chunks - 1, num_ranks=pp, num_microbatches=m, chunks=chunks)
+    return LivePeak(total, sum(live.values()), last)
 
 
 def layer_activations(model: Model, layout: Layout) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from math import lcm
 
+from megactl.config.pipeline_split import SplitError, stage_layers
 from megactl.config.schema import Model
 from megactl.errors import ConfigError, Problem
 
@@ -39,8 +41,18 @@ def padded_vocab(vocab: int, tp: int) -> int:
     return -(-vocab // multiple) * multiple
 
 
-def split_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
-    """Global layer indices of each stage, equally many on each. Raises ConfigError where that is not possible."""
+def split_layers(num_layers: int, num_stages: int, split: str | None = None) -> tuple[range, ...]:
+    """Global layer indices of each virtual stage: equally many on each, or as `split` (--pp-split) says.
+
+    Raises ConfigError where that is not possible.
+    """
+    if split is not None:
+        try:
+            counts = stage_layers(num_layers, num_stages, split)
+        except SplitError as error:
+            raise ConfigError([Problem(f"pipeline_split = {split}", error.rule, error.instead)]) from error
+        starts = list(accumulate(counts, initial=0))
+        return tuple(range(start, stop) for start, stop in pairwise(starts))
     if num_stages < 1 or num_layers % num_stages:
         fits = [stages for stages in range(1, num_layers + 1) if num_layers % stages == 0]
         nearest = min(fits, key=lambda stages: (abs(stages - num_stages), stages), default=1)
@@ -83,8 +95,10 @@ def seed_formula(*, num_layers: int, hidden_size: int, vocab_size: int, seq_leng
     return num_layers * (12 * h * h + 13 * h) + vocab_size * h + seq_length * h + 2 * h
 
 
-def stage_parts(model: Model, *, tp: int, num_stages: int, stage: int, seq_length: int | None = None) -> dict[str, int]:
-    """Parameters that one rank holds for one stage, by part, with the padded vocabulary.
+def stage_parts(
+    model: Model, *, tp: int, num_stages: int, stage: int, seq_length: int | None = None, split: str | None = None
+) -> dict[str, int]:
+    """Parameters that one rank holds for one virtual stage, by part, with the padded vocabulary.
 
     Split over tp: matrix weights, biases of the column-parallel layers (qkv and the first MLP matrix), embedding and head rows.
     Whole on each tp rank: LayerNorms, biases of the row-parallel layers, positions, BERT's token types and what it has before the
@@ -92,7 +106,7 @@ def stage_parts(model: Model, *, tp: int, num_stages: int, stage: int, seq_lengt
     where tp or the stages do not divide the model.
     """
     check_tensor_parallel(model, tp)
-    layers = len(split_layers(model.num_layers, num_stages)[stage])
+    layers = len(split_layers(model.num_layers, num_stages, split)[stage])
     first, last = stage == 0, stage == num_stages - 1
     rows = padded_vocab(vocabulary(model), tp) // tp
     separate_head = last and (model.untie_embeddings or num_stages > 1)
@@ -108,9 +122,32 @@ def stage_parts(model: Model, *, tp: int, num_stages: int, stage: int, seq_lengt
     }
 
 
-def rank_parameters(model: Model, *, tp: int, pp: int, seq_length: int | None = None) -> tuple[int, ...]:
-    """Parameters that one rank of each pipeline stage holds (the largest of them is what has to fit)."""
-    return tuple(sum(stage_parts(model, tp=tp, num_stages=pp, stage=stage, seq_length=seq_length).values()) for stage in range(pp))
+def rank_parameters(
+    model: Model,
+    *,
+    tp: int,
+    pp: int,
+    seq_length: int | None = None,
+    schedule: str = "1f1b",
+    virtual_pipeline: int = 1,
+    split: str | None = None,
+) -> tuple[int, ...]:
+    """Parameters that one rank of each pipeline rank holds, over all its virtual stages (the largest of them is what has to fit)."""
+    placed = stage_ranks(pp, schedule, virtual_pipeline)
+    held = [0] * pp
+    for stage, rank in enumerate(placed):
+        held[rank] += sum(stage_parts(model, tp=tp, num_stages=len(placed), stage=stage, seq_length=seq_length, split=split).values())
+    return tuple(held)
+
+
+def stage_ranks(pp: int, schedule: str = "1f1b", virtual_pipeline: int = 1) -> tuple[int, ...]:
+    """The pipeline rank that holds each virtual stage."""
+    # The schedules take a fifth of a desk command's start, and most of those ask for no pipeline.
+    if pp == 1 and virtual_pipeline == 1 and schedule == "1f1b":
+        return (0,)
+    from megactl.schedules.generators import num_chunks, placement
+
+    return placement(schedule, num_ranks=pp, chunks=num_chunks(schedule, virtual_pipeline))
 
 
 def check_tensor_parallel(model: Model, tp: int) -> None:

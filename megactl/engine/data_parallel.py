@@ -25,13 +25,16 @@ from megactl.engine.mesh import Mesh
 
 
 class GradientReducer:
-    """Launches the reduction of each bucket of one model part as soon as its gradients are complete."""
+    """Launches the reduction of each bucket of one model part as soon as its gradients are complete. See `ShardedReducer` for ZeRO 2."""
+
+    # The buckets hold the sum over micro-batches: the first backward of a step overwrites, later ones add.
+    accumulates = True
 
     def __init__(self, model: nn.Module, flat: FlatParameters, mesh: Mesh, *, zero: int, overlap: bool) -> None:
         self.flat, self.replicas, self.tp, self.zero = flat, mesh.replicas, mesh.tp, zero
         self._armed, self._deferred = False, None
         self._next, self._works = 0, []
-        partial_sums = any(bucket.partial for bucket in flat.buckets)
+        partial_sums = any(bucket.sums_tokens for bucket in flat.buckets)
         self._reduces = self.replicas.size > 1 or partial_sums
         self._beside = torch.cuda.Stream(mesh.device) if partial_sums and mesh.device.type == "cuda" else None
         if self._reduces and overlap:
@@ -61,6 +64,9 @@ class GradientReducer:
         """Say where the next backward puts its weight gradients off to; None: it computes them."""
         self._deferred = queue
 
+    def end_micro_batch(self) -> None:
+        """Nothing: the last weight gradients of a step alone are reduced."""
+
     def flush(self) -> None:
         """Launch what is left; every gradient of this part is now complete."""
         if self._reduces:
@@ -82,7 +88,7 @@ class GradientReducer:
 
     def _launch(self, bucket: Bucket) -> Handle:
         """Start a bucket's sums. What the caller's stream writes to its gradients before is in them."""
-        if bucket.partial is None or self._beside is None:
+        if not bucket.sums_tokens or self._beside is None:
             return self._reduce(bucket)
         # The second sum must wait for the first; on a stream of its own the backward of the layers below does not wait with it.
         self._beside.wait_stream(torch.cuda.current_stream())
@@ -101,4 +107,7 @@ class GradientReducer:
 
     def _sum_partial(self, bucket: Bucket, *, async_op: bool = False) -> Handle | None:
         """Sum over tensor-parallel ranks what each has from its own tokens."""
-        return all_reduce(self.flat.grads[slice(*bucket.partial)], self.tp.group, async_op=async_op) if bucket.partial else None
+        if not bucket.sums_tokens:
+            return None
+        start, stop = bucket.partial
+        return all_reduce(self.flat.grads[bucket.start + start : bucket.start + stop], self.tp.group, async_op=async_op)

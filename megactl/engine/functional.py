@@ -40,10 +40,14 @@ StartReduce = Callable[[Tensor], Handle | None]
 class TokenShards(Protocol):
     """How the tokens [b, s] lie over ranks that each hold some of them (sequence parallelism)."""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of this rank's tokens."""
+
     def start_gather(self, x: Tensor) -> tuple[Tensor, Handle]:
         """This rank's tokens to those of all ranks, [b, s, n], there once the handle is waited for."""
 
-    def start_scatter(self, x: Tensor) -> tuple[Tensor, Handle]:
+    def start_scatter(self, x: Tensor) -> tuple[Tensor | None, Handle | None]:
         """[b, s, n] summed over the ranks, this rank's tokens of it, there once the handle is waited for."""
 
 
@@ -139,12 +143,14 @@ def bias_gradient(grad: Tensor, target: Tensor | None, accumulate: bool) -> Tens
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, accumulate, deferred, start_reduce, gather, scatter):
+    def forward(ctx, x, weight, bias, accumulate, deferred, start_reduce, unread, gather, scatter):
         # Of gathered tokens only this rank's are kept; backward gathers them again.
         ctx.save_for_backward(x, weight)
         ctx.targets = getattr(weight, "main_grad", None), getattr(bias, "main_grad", None)
         ctx.has_bias, ctx.accumulate, ctx.deferred, ctx.start_reduce = bias is not None, accumulate, deferred, start_reduce
         ctx.gather, ctx.scatter = gather, scatter
+        if unread:
+            return x.new_zeros(()).expand(*(x.shape[:-1] if scatter is None else scatter.shape), weight.shape[0])
         y = torch.nn.functional.linear(gathered(x, gather), weight, bias)
         return y if scatter is None else arrived(*scatter.start_scatter(y))
 
@@ -155,7 +161,7 @@ class _Linear(Function):
         # Put off, the weight gradient keeps this rank's tokens of the output gradient, and gathers them again.
         late = partial(gathered, grad, ctx.scatter) if ctx.scatter is not None and ctx.deferred is not None else None
         bias_work = partial(bias_gradient, whole, ctx.targets[1], ctx.accumulate) if ctx.has_bias else None
-        return *_product_gradients(ctx, whole, x, weight, bias_work, late), None, None, None, None, None
+        return *_product_gradients(ctx, whole, x, weight, bias_work, late), *[None] * 6
 
 
 def _product_gradients(
@@ -224,16 +230,18 @@ def linear(
     accumulate: bool = False,
     deferred: WeightQueue | None = None,
     start_reduce: StartReduce | None = None,
+    unread: bool = False,
     gather: TokenShards | None = None,
     scatter: TokenShards | None = None,
 ) -> Tensor:
     """y = x @ weight.T + bias. `start_reduce` begins a reduction of the input gradient while the weight gradient is computed.
 
+    unread: y is wanted for its backward alone, which reads x and weight; its values are zeros then, and the product is not computed.
     gather: x is this rank's tokens, and y of all tokens. scatter: x is of all tokens, and y, summed over the ranks, this rank's
     tokens; for a linear without bias, which would be summed too.
     """
     assert scatter is None or bias is None
-    return _Linear.apply(x, weight, bias, accumulate, deferred, start_reduce, gather, scatter)
+    return _Linear.apply(x, weight, bias, accumulate, deferred, start_reduce, unread, gather, scatter)
 
 
 class _LinearGelu(Function):

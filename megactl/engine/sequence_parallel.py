@@ -52,6 +52,11 @@ class RankTokens:
         return self.batch * self.length // self.tp.size
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """[1, b s / t], in place of [b, s]."""
+        return 1, self.count
+
+    @property
     def first(self) -> int:
         """Index of the first of them among the b s of the micro-batch."""
         return self.tp.rank * self.count
@@ -80,18 +85,54 @@ class _ScatterSum(Function):
     """Sum over ranks, each keeping its tokens; backward gathers the gradients of all tokens."""
 
     @staticmethod
-    def forward(ctx, x, tokens: RankTokens):
+    def forward(ctx, x, tokens: RankTokens, unread: bool):
         ctx.tokens = tokens
-        return functional.arrived(*tokens.start_scatter(x))
+        return x.new_zeros(()).expand(*tokens.shape, x.shape[-1]) if unread else functional.arrived(*tokens.start_scatter(x))
 
     @staticmethod
     def backward(ctx, grad):
-        return functional.gathered(grad, ctx.tokens), None
+        return functional.gathered(grad, ctx.tokens), None, None
 
 
-def scatter_sum(x: Tensor, tokens: RankTokens) -> Tensor:
-    """The sum over ranks of x [b, s, h], this rank's tokens of it: [1, b s / t, h]."""
-    return _ScatterSum.apply(x, tokens)
+def scatter_sum(x: Tensor, tokens: RankTokens, *, unread: bool = False) -> Tensor:
+    """The sum over ranks of x [b, s, h], this rank's tokens of it: [1, b s / t, h]. unread: zeros, for its backward alone."""
+    return _ScatterSum.apply(x, tokens, unread)
+
+
+class TogetherTokens:
+    """`RankTokens` of one input that `count` linears read one after another: they share one gather and one reduce-scatter.
+
+    For one forward and its backward. Between first and last of the linears the tokens of all ranks are kept, and in backward the sum of
+    the input gradients so far; the last one's input gradient is then that of all, and the others have none.
+    """
+
+    def __init__(self, tokens: RankTokens, count: int) -> None:
+        self.tokens, self.count = tokens, count
+        self._whole: Tensor | None = None
+        self._handle: functional.Handle | None = None
+        self._readers, self._sum, self._parts = 0, None, 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See `RankTokens.shape`."""
+        return self.tokens.shape
+
+    def start_gather(self, x: Tensor) -> tuple[Tensor, functional.Handle]:
+        """See `RankTokens.start_gather`; x is the same `count` times."""
+        if self._readers == 0:
+            self._whole, self._handle = self.tokens.start_gather(x)
+        whole, handle, self._readers = self._whole, self._handle, (self._readers + 1) % self.count
+        if self._readers == 0:
+            self._whole = self._handle = None
+        return whole, handle
+
+    def start_scatter(self, x: Tensor) -> tuple[Tensor | None, functional.Handle | None]:
+        """See `RankTokens.start_scatter`: of the sum of `count` tensors with the last of them, nothing before."""
+        self._sum, self._parts = (x if self._sum is None else self._sum.add_(x)), (self._parts + 1) % self.count
+        if self._parts:
+            return None, None
+        whole, self._sum = self._sum, None
+        return self.tokens.start_scatter(whole)
 
 
 class RankDropout(Dropout):
@@ -112,6 +153,8 @@ class RankDropout(Dropout):
 
 class RankEmbedding(nn.Module):
     """`WholeEmbedding` for this rank's tokens."""
+
+    is_table = True
 
     def __init__(self, whole: WholeEmbedding, tp: Axis) -> None:
         super().__init__()
@@ -167,7 +210,10 @@ def rank_form(module: nn.Module, tp: Axis) -> nn.Module | None:
 
 
 def mark_partial_gradients(model: nn.Module) -> None:
-    """Name on each module the parameters that are whole on every rank and see its tokens only: `partial_gradients`."""
+    """Name on each module the parameters that are whole on every rank and see its tokens only: `partial_gradients`.
+
+    After all modules have their final form, since a form that is replaced takes the names with it.
+    """
     of_sequences = {id(inner) for module in model.modules() if getattr(module, "of_sequences", False) for inner in module.modules()}
     for module in model.modules():
         whole = {leaf for leaf, _ in module.named_parameters(recurse=False)} - set(getattr(module, "split_dim", {}))

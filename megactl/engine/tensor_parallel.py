@@ -19,7 +19,7 @@ from megactl.engine import functional
 from megactl.engine.collectives import all_reduce
 from megactl.engine.mesh import Axis
 from megactl.engine.models.layers import CoreAttention, Linear, MicroBatch, VocabEmbedding, VocabHead
-from megactl.engine.sequence_parallel import RankTokens, mark_partial_gradients, rank_form, scatter_sum
+from megactl.engine.sequence_parallel import RankTokens, rank_form, scatter_sum
 
 
 class _SumForward(Function):
@@ -36,7 +36,8 @@ class _SumForward(Function):
         return grad, None
 
 
-def _sum_forward(x: Tensor, tp: Axis) -> Tensor:
+def sum_forward(x: Tensor, tp: Axis) -> Tensor:
+    """Sum of `x` over the ranks, in place; its gradient is the same on every rank."""
     return _SumForward.apply(x, tp.group)
 
 
@@ -84,18 +85,21 @@ class RowParallelLinear(nn.Module):
         self.weight, self.bias = _shard(whole.weight, 1, tp.size), whole.bias
         self.split_dim = {"weight": 1}
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, in / tp] to [b, s, out], the same on every rank."""
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, in / tp] to [b, s, out], the same on every rank; `unread` (see `functional.linear`) spares the sum as well."""
         options = micro_batch.weight_options()
         if self.sequence_parallel:
-            y = functional.linear(x, self.weight, scatter=RankTokens.of(micro_batch, self.tp), **options)
+            y = functional.linear(x, self.weight, scatter=RankTokens.of(micro_batch, self.tp), unread=unread, **options)
         else:
-            y = _sum_forward(functional.linear(x, self.weight, **options), self.tp)
+            y = functional.linear(x, self.weight, unread=unread, **options)
+            y = y if unread else sum_forward(y, self.tp)
         return functional.add_bias(y, self.bias, **options)
 
 
 class VocabParallelEmbedding(nn.Module):
     """This rank's rows of a `VocabEmbedding`."""
+
+    is_table = True
 
     def __init__(self, whole: VocabEmbedding, tp: Axis, sequence_parallel: bool = False) -> None:
         super().__init__()
@@ -108,7 +112,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
         """tokens [b, s] to [b, s, h]: each id is held by one rank, the others add zeros."""
         y = functional.embedding(tokens, self.weight, first_row=self.first_row, **micro_batch.weight_options(self.add_to_head))
-        return scatter_sum(y, RankTokens.of(micro_batch, self.tp)) if self.sequence_parallel else _sum_forward(y, self.tp)
+        return scatter_sum(y, RankTokens.of(micro_batch, self.tp)) if self.sequence_parallel else sum_forward(y, self.tp)
 
 
 class _VocabReduce:
@@ -169,8 +173,6 @@ def apply_tensor_parallel(model: nn.Module, tp: Axis, *, sequence_parallel: bool
         if replacement is not None:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, replacement)
-    if sequence_parallel:
-        mark_partial_gradients(model)
 
 
 def _parallel_form(module: nn.Module, tp: Axis, sharded: dict[int, nn.Parameter], sequence_parallel: bool) -> nn.Module | None:

@@ -15,7 +15,17 @@ from megactl.schedules.actions import (
     assign_slots,
     build,
 )
-from megactl.schedules.generators import GENERATORS, Generator, generate, max_live_microbatches
+from megactl.schedules.forward import forward_only
+from megactl.schedules.generators import (
+    GENERATORS,
+    Generator,
+    generate,
+    max_live_microbatches,
+    max_live_on_rank,
+    num_chunks,
+    peak_live,
+    placement,
+)
 from megactl.schedules.lowering import lower
 from megactl.schedules.simulation import Span, Timeline, simulate
 from megactl.schedules.validation import validate
@@ -40,9 +50,14 @@ __all__ = [
     "Transfer",
     "assign_slots",
     "build",
+    "forward_only",
     "generate",
     "lower",
     "max_live_microbatches",
+    "max_live_on_rank",
+    "num_chunks",
+    "peak_live",
+    "placement",
     "simulate",
     "text_view",
     "validate",

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import Kind, Order, Schedule, build
+from megactl.schedules.actions import WEIGHT_GRADIENT, Kind, Order, Schedule, build
+from megactl.schedules.interleaved import interleaved_max_live, interleaved_order, interleaved_rank_live
+from megactl.schedules.zero_bubble import (
+    handcrafted_max_live,
+    v_place,
+    zb_h1_order,
+    zb_h2_order,
+    zb_v_max_live,
+    zb_v_order,
+    zb_v_rank_live,
+)
 
 
 @dataclass(frozen=True)
@@ -15,15 +25,19 @@ class Generator:
     """One kind of schedule.
 
     `order(rank, num_ranks, num_microbatches, chunks)` is a rank's computations; `place(stage, num_ranks, chunks)` is the rank
-    that holds a virtual stage; `max_live(stage, num_ranks, num_microbatches, chunks)` is the published bound on micro-batches
-    a virtual stage holds at once. `max_chunks` is the largest number of model chunks a rank may hold (None: any).
+    that holds a virtual stage. The published bounds: `max_live(stage, num_ranks, num_microbatches, chunks)` on the micro-batches
+    one virtual stage holds at once, `rank_live(rank, ...)` on those of all virtual stages of a rank together (less than the sum,
+    since the stages are not full at the same time). `chunks` is the number of model chunks a rank holds (None: any).
+    `splits_backward` says that orders contain I and W.
     """
 
     order: Callable[[int, int, int, int], Order]
     place: Callable[[int, int, int], int]
     max_live: Callable[[int, int, int, int], int]
-    max_chunks: int | None
+    rank_live: Callable[[int, int, int, int], int]
     source: str
+    chunks: int | None = 1
+    splits_backward: bool = False
 
 
 def _gpipe_order(rank: int, num_ranks: int, num_microbatches: int, chunks: int) -> Order:
@@ -32,64 +46,139 @@ def _gpipe_order(rank: int, num_ranks: int, num_microbatches: int, chunks: int) 
     return [(kind, rank, microbatch) for kind in (Kind.F, Kind.B) for microbatch in range(num_microbatches)]
 
 
-def _one_f_one_b_order(rank: int, num_ranks: int, num_microbatches: int, chunks: int) -> Order:
-    """Warm-up forwards until the first gradient can be back, then one forward and one backward in turn, then the rest."""
+def _in_rank_order(stage: int, num_ranks: int, chunks: int) -> int:
+    """Stage s on rank s mod p: one stage a rank, or several in turns."""
     del chunks
-    warmup = min(num_ranks - rank - 1, num_microbatches)
-    steady = num_microbatches - warmup
-    order: list[tuple[Kind | str, int, int]] = [(Kind.F, rank, microbatch) for microbatch in range(warmup)]
-    for index in range(steady):
-        order += [(Kind.F, rank, warmup + index), (Kind.B, rank, index)]
-    order += [(Kind.B, rank, microbatch) for microbatch in range(steady, num_microbatches)]
-    return order
-
-
-def _one_stage_a_rank(stage: int, num_ranks: int, chunks: int) -> int:
-    del num_ranks, chunks
-    return stage
+    return stage % num_ranks
 
 
 GENERATORS: Mapping[str, Generator] = MappingProxyType(
     {
         "gpipe": Generator(
             order=_gpipe_order,
-            place=_one_stage_a_rank,
+            place=_in_rank_order,
             max_live=lambda stage, num_ranks, num_microbatches, chunks: num_microbatches,
-            max_chunks=1,
+            rank_live=lambda rank, num_ranks, num_microbatches, chunks: num_microbatches,
             source="Huang et al. 2019, arXiv:1811.06965",
         ),
         "1f1b": Generator(
-            order=_one_f_one_b_order,
-            place=_one_stage_a_rank,
-            max_live=lambda stage, num_ranks, num_microbatches, chunks: min(num_microbatches, num_ranks - stage),
-            max_chunks=1,
-            source="PipeDream-Flush: Narayanan et al. 2021, arXiv:2104.04473, section 2.2",
+            order=interleaved_order,
+            place=_in_rank_order,
+            max_live=interleaved_max_live,
+            rank_live=interleaved_rank_live,
+            chunks=None,
+            source="PipeDream-Flush and its interleaved form: Narayanan et al. 2021, arXiv:2104.04473, section 2.2",
+        ),
+        "zb-h1": Generator(
+            order=zb_h1_order,
+            place=_in_rank_order,
+            max_live=lambda stage, num_ranks, num_microbatches, chunks: handcrafted_max_live(num_ranks, num_microbatches, 1),
+            rank_live=lambda rank, num_ranks, num_microbatches, chunks: handcrafted_max_live(num_ranks, num_microbatches, 1),
+            splits_backward=True,
+            source="Qi et al. 2023, arXiv:2401.10241, section 3",
+        ),
+        "zb-h2": Generator(
+            order=zb_h2_order,
+            place=_in_rank_order,
+            max_live=lambda stage, num_ranks, num_microbatches, chunks: handcrafted_max_live(num_ranks, num_microbatches, 2),
+            rank_live=lambda rank, num_ranks, num_microbatches, chunks: handcrafted_max_live(num_ranks, num_microbatches, 2),
+            splits_backward=True,
+            source="Qi et al. 2023, arXiv:2401.10241, section 3",
+        ),
+        "zb-v": Generator(
+            order=zb_v_order,
+            place=v_place,
+            max_live=zb_v_max_live,
+            rank_live=zb_v_rank_live,
+            chunks=2,
+            splits_backward=True,
+            source="V-ZB: Qi et al. 2024, arXiv:2405.15362",
         ),
     }
 )
 
 
-def generate(name: str, *, num_ranks: int, num_microbatches: int, chunks: int = 1) -> Schedule:
+def generate(name: str, *, num_ranks: int, num_microbatches: int, chunks: int | None = None) -> Schedule:
     """The named schedule for `num_ranks` pipeline ranks, any number (>= 1) of micro-batches, `chunks` model chunks a rank.
 
-    One rank gives plain gradient accumulation under 1f1b (F B F B ...). Raises ScheduleError for an unknown name or a
-    number that the schedule cannot run with.
+    `chunks` None is what the schedule runs with: 2 for zb-v, 1 for all others. 1f1b takes any number (interleaved). One rank gives
+    plain gradient accumulation (F B F B ...), except under gpipe. Raises ScheduleError for an unknown name or a number that the
+    schedule cannot run with.
     """
     generator = _lookup(name)
+    chunks = num_chunks(name) if chunks is None else chunks
     for label, value in (("num_ranks", num_ranks), ("num_microbatches", num_microbatches), ("chunks", chunks)):
         if value < 1:
             raise ScheduleError(f"{label} = {value}: a schedule needs at least 1", f"set {label} to 1 or more")
-    if generator.max_chunks is not None and chunks > generator.max_chunks:
-        limit = generator.max_chunks
-        raise ScheduleError(f"chunks = {chunks}: schedule {name} runs at most {limit} model chunk(s) a rank", f"set chunks to {limit}")
-    stage_to_rank = [generator.place(stage, num_ranks, chunks) for stage in range(num_ranks * chunks)]
-    orders = [generator.order(rank, num_ranks, num_microbatches, chunks) for rank in range(num_ranks)]
-    return build(name, orders, num_microbatches=num_microbatches, stage_to_rank=stage_to_rank)
+    if generator.chunks not in (None, chunks):
+        rule = f"schedule {name} runs with {generator.chunks} model chunk(s) a rank"
+        raise ScheduleError(f"chunks = {chunks}: {rule}", f"set chunks to {generator.chunks}")
+    placed = placement(name, num_ranks=num_ranks, chunks=chunks)
+    orders = [
+        fused(order, placed) if generator.splits_backward else order
+        for order in (generator.order(rank, num_ranks, num_microbatches, chunks) for rank in range(num_ranks))
+    ]
+    return build(name, orders, num_microbatches=num_microbatches, stage_to_rank=placed)
 
 
-def max_live_microbatches(name: str, *, stage: int, num_ranks: int, num_microbatches: int, chunks: int = 1) -> int:
+def fused(order: Order, stage_to_rank: Sequence[int]) -> Order:
+    """Make an I and the W of the same micro-batch behind it one B where no other rank waits for the I.
+
+    The time is the same, and a whole backward keeps nothing in between. On a stage that sends its gradient to another rank they
+    stay two, or the gradient would leave later.
+    """
+    written: list[tuple[Kind | str, int, int]] = []
+    for action in order:
+        kind, stage, microbatch = action
+        waited_for = stage > 0 and stage_to_rank[stage - 1] != stage_to_rank[stage]
+        if kind is Kind.W and not waited_for and written[-1] == (Kind.I, stage, microbatch):
+            written[-1] = (Kind.B, stage, microbatch)
+        else:
+            written.append(action)
+    return written
+
+
+def num_chunks(name: str, virtual_pipeline: int = 1) -> int:
+    """Model chunks (virtual stages) a rank holds: `virtual_pipeline` where the schedule takes any number, else the schedule's own."""
+    own = _lookup(name).chunks
+    return virtual_pipeline if own is None else own
+
+
+def placement(name: str, *, num_ranks: int, chunks: int | None = None) -> tuple[int, ...]:
+    """The rank that holds each virtual stage, for all `num_ranks` x `chunks` stages (None: the schedule's own number)."""
+    chunks = num_chunks(name) if chunks is None else chunks
+    return tuple(_lookup(name).place(stage, num_ranks, chunks) for stage in range(num_ranks * chunks))
+
+
+def max_live_microbatches(name: str, *, stage: int, num_ranks: int, num_microbatches: int, chunks: int | None = None) -> int:
     """The published bound on micro-batches that a virtual stage holds at once (1F1B: min(m, p - stage); GPipe: m)."""
-    return _lookup(name).max_live(stage, num_ranks, num_microbatches, chunks)
+    return _lookup(name).max_live(stage, num_ranks, num_microbatches, num_chunks(name) if chunks is None else chunks)
+
+
+def max_live_on_rank(name: str, *, rank: int, num_ranks: int, num_microbatches: int, chunks: int | None = None) -> int:
+    """The published bound on micro-batches that all virtual stages of a rank hold at once, each counted once a stage."""
+    return _lookup(name).rank_live(rank, num_ranks, num_microbatches, num_chunks(name) if chunks is None else chunks)
+
+
+def peak_live(
+    name: str, kept: Mapping[int, int], *, rank: int, num_ranks: int, num_microbatches: int, chunks: int | None = None
+) -> tuple[int, dict[int, int]]:
+    """The fullest moment of a rank, where each live micro-batch of virtual stage s keeps `kept[s]`: that sum, and the live ones a stage.
+
+    A micro-batch is live from its F to its B or W. The order itself is walked, since the stages of a rank are not full at the
+    same time, and need not be equally large.
+    """
+    live, held, peak, at_peak = dict.fromkeys(kept, 0), 0, 0, dict.fromkeys(kept, 0)
+    for kind, stage, _ in _lookup(name).order(rank, num_ranks, num_microbatches, num_chunks(name) if chunks is None else chunks):
+        if kind is Kind.F:
+            live[stage] += 1
+            held += kept[stage]
+            if held > peak:
+                peak, at_peak = held, dict(live)
+        elif kind in WEIGHT_GRADIENT:
+            live[stage] -= 1
+            held -= kept[stage]
+    return peak, at_peak
 
 
 def _lookup(name: str) -> Generator:

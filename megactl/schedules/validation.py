@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megactl.errors import ScheduleError
 from megactl.schedules.actions import COMPUTE, WEIGHT_GRADIENT, Action, Kind, Schedule
-from megactl.schedules.generators import GENERATORS, max_live_microbatches
+from megactl.schedules.generators import GENERATORS, max_live_microbatches, max_live_on_rank
 from megactl.schedules.simulation import simulate
 
 
@@ -90,11 +90,13 @@ def _check_complete(schedule: Schedule, rank: int, program: tuple[Action, ...]) 
 
 def _check_slots(schedule: Schedule, rank: int, program: tuple[Action, ...]) -> None:
     peaks = dict.fromkeys(schedule.stages_of(rank), 0)
-    for position, stage, live in live_microbatches(rank, program):
+    bounds, rank_bound = _bounds(schedule, rank)
+    for position, stage, live, on_rank in live_microbatches(rank, program):
         peaks[stage] = max(peaks[stage], live)
-        bound = _bound(schedule, stage)
-        if bound is not None and live > bound:
-            raise broken(rank, position, f"{live} live micro-batches on stage {stage}; {schedule.name} holds at most {bound}")
+        if live > bounds.get(stage, live):
+            raise broken(rank, position, f"{live} live micro-batches on stage {stage}; {schedule.name} holds at most {bounds[stage]}")
+        if rank_bound is not None and on_rank > rank_bound:
+            raise broken(rank, position, f"{on_rank} live micro-batches on all its stages; {schedule.name} holds at most {rank_bound}")
     for stage, peak in peaks.items():
         slots = {action.slot for action in program if action.virtual_stage == stage}
         if slots != set(range(peak)):
@@ -102,8 +104,8 @@ def _check_slots(schedule: Schedule, rank: int, program: tuple[Action, ...]) -> 
             raise broken(rank, None, f"stage {stage} uses slots {sorted(slots)}; {rule}")
 
 
-def live_microbatches(rank: int, program: tuple[Action, ...]) -> Iterator[tuple[int, int, int]]:
-    """Yield (position, stage, live micro-batches on it) after each forward, checking that no slot has two owners.
+def live_microbatches(rank: int, program: tuple[Action, ...]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (position, stage, live micro-batches on it, on all stages) after each forward, checking that no slot has two owners.
 
     `program` is one rank's computations, each micro-batch's parts already known to be complete and in order.
     """
@@ -116,7 +118,7 @@ def live_microbatches(rank: int, program: tuple[Action, ...]) -> Iterator[tuple[
                 raise broken(rank, position, f"{action} takes a slot in which micro-batch {owners[buffer]} is still live")
             owners[buffer] = action.microbatch
             live[action.virtual_stage] += 1
-            yield position, action.virtual_stage, live[action.virtual_stage]
+            yield position, action.virtual_stage, live[action.virtual_stage], len(owners)
         elif owners.get(buffer) != action.microbatch:
             raise broken(rank, position, f"{action} uses a slot that its forward did not take")
         elif action.kind in WEIGHT_GRADIENT:
@@ -124,11 +126,14 @@ def live_microbatches(rank: int, program: tuple[Action, ...]) -> Iterator[tuple[
             live[action.virtual_stage] -= 1
 
 
-def _bound(schedule: Schedule, stage: int) -> int | None:
-    """The published bound, for schedules in the registry; a hand-made one has none."""
+def _bounds(schedule: Schedule, rank: int) -> tuple[dict[int, int], int | None]:
+    """The published bounds of a rank's stages and of the rank, for schedules in the registry; a hand-made one has none."""
     if schedule.name not in GENERATORS:
-        return None
-    chunks = schedule.num_stages // schedule.num_ranks
-    return max_live_microbatches(
-        schedule.name, stage=stage, num_ranks=schedule.num_ranks, num_microbatches=schedule.num_microbatches, chunks=chunks
-    )
+        return {}, None
+    sizes = {
+        "num_ranks": schedule.num_ranks,
+        "num_microbatches": schedule.num_microbatches,
+        "chunks": schedule.num_stages // schedule.num_ranks,
+    }
+    stages = {stage: max_live_microbatches(schedule.name, stage=stage, **sizes) for stage in schedule.stages_of(rank)}
+    return stages, max_live_on_rank(schedule.name, rank=rank, **sizes)

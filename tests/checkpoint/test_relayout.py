@@ -136,7 +136,8 @@ def parts_of(model, layout, seed):
         training=Training(seq_length=16, seed=seed),
     )  # fmt: skip
     for p, d, t in product(range(pp), range(dp), range(tp)):
-        place = dict(rank=t + tp * (d + dp * p), world_size=tp * pp * dp, tp=Axis(tp, t), dp=Axis(dp, d), pp=Axis(pp, p))
+        axes = {"tp": Axis(tp, t), "dp": Axis(dp, d), "pp": Axis(pp, p), "replicas": Axis(dp, d)}
+        place = dict(rank=t + tp * (d + dp * p), world_size=tp * pp * dp, **axes)
         mesh = Mesh(torch.device("cpu"), **place)
         yield build_part(run, mesh, p, pp), mesh
 

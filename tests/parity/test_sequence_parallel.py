@@ -51,6 +51,21 @@ MORE = [
     Case(model="bert", tp=4, dp=2, zero=0, padding=False, micro_batch=3, sp=True),
     Case(model="bert", tp=8, micro_batch=3, dropout=0.1, sp=True),
 ]
+WITH_OTHERS = [
+    Case(tp=2, dp=2, zero=2, micro_batch=3, dropout=0.1, recompute="full", recompute_layers=2, sp=True),
+    Case(tp=2, dp=2, zero=3, threshold=100, tile=2, recompute="selective", attention="unfused", dropout=0.1, sp=True),
+    Case(tp=2, pp=2, schedule="zb-h1", micro_batches=3, dropout=0.1, micro_batch=3, sp=True),
+    Case(model="bert", tp=2, pp=2, vpp=2, zero=3, tile=2, recompute="full", micro_batch=3, dropout=0.1, sp=True),
+]
+MORE_OTHERS = [
+    Case(model="bert", tp=2, dp=2, zero=3, split_layers=True, tile=2, micro_batch=3, recompute="full", dropout=0.1, sp=True),
+    Case(model="bert", tp=4, dp=2, zero=2, norm="post", micro_batch=3, tied=False, sp=True),
+    Case(tp=2, pp=2, dp=2, zero=3, schedule="zb-v", micro_batches=3, dropout=0.1, tile=2, sp=True),
+    Case(tp=2, pp=2, dp=2, zero=2, schedule="zb-h2", micro_batches=4, dropout=0.1, bucket=1, sp=True),
+    Case(tp=2, zero=3, tile=2, recompute="full", offload="activations", norm="post", dropout=0.1, sp=True),
+    Case(tp=4, zero=3, tile=2, schedule="zb-h1", pp=2, micro_batches=3, recompute="full", recompute_method="block", sp=True),
+    Case(tp=2, zero=3, tile=4, dropout=0.1, micro_batch=3, sp=True),
+]
 SCALED = Case(tp=2, pp=2, dp=2, zero=1, scale=2.0**40, window=1, overflow=True, steps=5, documents="eod", sp=True)
 
 
@@ -58,13 +73,13 @@ def named(case: Case) -> str:
     return case.name
 
 
-@pytest.mark.parametrize("case", [*FEW, SCALED], ids=named)
+@pytest.mark.parametrize("case", [*FEW, *WITH_OTHERS, SCALED], ids=named)
 def test_sequence_parallel_equals_one_process(parity: Parity, case: Case):
     assert not parity.deviations(case, TOLERANCE)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("case", MORE, ids=named)
+@pytest.mark.parametrize("case", [*MORE, *MORE_OTHERS], ids=named)
 def test_more_of_sequence_parallel_equals_one_process(parity: Parity, case: Case):
     assert not parity.deviations(case, TOLERANCE)
 
@@ -214,8 +229,9 @@ def test_the_ends_send_what_all_reduces_do(pools: Pools, parity: Parity):
 
 
 def test_stages_exchange_shares(pools: Pools, parity: Parity):
+    """With no scatter-gather to take credit for it."""
     for sp, share in ((False, 1), (True, 2)):
-        case = Case(tp=2, pp=2, micro_batches=1, micro_batch=3, sp=sp)
+        case = Case(tp=2, pp=2, micro_batches=1, micro_batch=3, scatter=False, sp=sp)
         assert pools.run(4, exchanged, case.run(), parity.corpus(case)) == [{8 * 3 * SEQ_LENGTH * 32 // share}] * 4
 
 

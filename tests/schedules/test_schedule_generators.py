@@ -13,9 +13,10 @@ from megactl.errors import ScheduleError
 from megactl.schedules import GENERATORS, Kind, generate, lower, max_live_microbatches, simulate, text_view, validate, validate_lowered
 
 NAMES = sorted(GENERATORS)
+PLAIN = ("1f1b", "gpipe")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("num_ranks", range(1, 9))
 def test_every_small_size_is_valid_and_runs(name: str, num_ranks: int) -> None:
     for num_microbatches in range(1, 17):
@@ -43,7 +44,7 @@ def test_values_are_those_of_one_process(name: str) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(name=st.sampled_from(NAMES), num_ranks=st.integers(9, 24), num_microbatches=st.integers(1, 48))
+@given(name=st.sampled_from(PLAIN), num_ranks=st.integers(9, 24), num_microbatches=st.integers(1, 48))
 def test_larger_sizes(name: str, num_ranks: int, num_microbatches: int) -> None:
     schedule = generate(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
     validate_lowered(lower(schedule))
@@ -92,8 +93,9 @@ def test_refusals() -> None:
     for wrong in ({"num_ranks": 0}, {"num_microbatches": 0}, {"chunks": 0}):
         with pytest.raises(ScheduleError, match="at least 1"):
             generate("1f1b", **{"num_ranks": 2, "num_microbatches": 2, **wrong})
-    with pytest.raises(ScheduleError, match="chunks = 2"):
-        generate("1f1b", num_ranks=2, num_microbatches=2, chunks=2)
+    for name, chunks in (("gpipe", 2), ("zb-h1", 2), ("zb-v", 1), ("zb-v", 4)):
+        with pytest.raises(ScheduleError, match=f"chunks = {chunks}: schedule {name} runs with"):
+            generate(name, num_ranks=2, num_microbatches=2, chunks=chunks)
 
 
 def test_text_view() -> None:

@@ -25,7 +25,8 @@ class MicroBatch:
     backward adds to the gradient buffer (False in the first backward of a step). deferred: where weight gradients are put off to, when
     the schedule has backward in two parts. dropout: off in evaluation.
     position_ids [b, s]; attention_mask bool [b, 1, s or 1, s] (True: may look), or None where every token sees all that its model
-    lets it see. token_types int64 [b, s], for encoders.
+    lets it see. token_types int64 [b, s], for encoders. unread: nobody reads the values that the layer gives, only its backward runs
+    (the second forward of a recomputation): what backward does not read either need not be computed.
     """
 
     rng: Tensor
@@ -35,6 +36,7 @@ class MicroBatch:
     dropout: bool = True
     token_types: Tensor | None = None
     deferred: functional.WeightQueue | None = None
+    unread: bool = False
 
     def weight_options(self, add: bool = False) -> functional.WeightOptions:
         """What every operation that owns weights is told about their gradients. `add`: even the first micro-batch adds to the buffer."""
@@ -77,9 +79,9 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features))
         self.initial = {"weight": Initial(std=std), "bias": Initial()}
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, in] to [b, s, out]."""
-        return functional.linear(x, self.weight, self.bias, **micro_batch.weight_options())
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, in] to [b, s, out]; `unread`: see `functional.linear`."""
+        return functional.linear(x, self.weight, self.bias, **micro_batch.weight_options(), unread=unread)
 
     def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str) -> Tensor:
         """GELU of `forward`, with the bias added on the way; `approximate` is torch's word for its form."""
@@ -108,6 +110,7 @@ class LayerNorm(nn.Module):
 class VocabEmbedding(nn.Module):
     """Token ids to vectors. `rows` counts padding; `vocab_size` does not."""
 
+    is_table = True
     split: Split = "vocab"
 
     def __init__(self, vocab_size: int, rows: int, hidden: int, std: float) -> None:
@@ -124,6 +127,8 @@ class VocabEmbedding(nn.Module):
 
 class WholeEmbedding(nn.Module):
     """Ids to learned vectors, of a table that every rank holds whole: positions, token types."""
+
+    is_table = True
 
     def __init__(self, rows: int, hidden: int, std: float) -> None:
         super().__init__()
@@ -251,6 +256,6 @@ class MLP(nn.Module):
         self.up = Linear(hidden, ffn, split="column", std=std)
         self.down = Linear(ffn, hidden, split="row", std=output_std)
 
-    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """x [b, s, h] to [b, s, h], before dropout."""
-        return self.down(self.up.gelu(x, micro_batch, self.approximate), micro_batch)
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, h] to [b, s, h], before dropout; `unread`: see `functional.linear`."""
+        return self.down(self.up.gelu(x, micro_batch, self.approximate), micro_batch, unread=unread)

@@ -7,7 +7,7 @@ that a pipeline stage is the same class; layers keep their number within the who
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +45,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, s, h]."""
+        return self.feed_forward(*self.attend(x, micro_batch), micro_batch)
+
+    def attend(self, x: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """First half: attention's branch, and the residual it is to be added to, each [b, s, h]."""
+        return self.attention(self.attention_norm(x, micro_batch) if self.pre_norm else x, micro_batch), x
+
+    def feed_forward(self, branch: Tensor, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Second half: it begins with the addition, so that this and the norm behind it are one pass wherever a layer is cut in two."""
         if self.pre_norm:
-            branch = self.attention(self.attention_norm(x, micro_batch), micro_batch)
             y, x = add_norm(self.attention_dropout, self.mlp_norm, branch, x, micro_batch)
-            return self.mlp_dropout(self.mlp(y, micro_batch), x, micro_batch)
-        x, _ = add_norm(self.attention_dropout, self.attention_norm, self.attention(x, micro_batch), x, micro_batch)
+            # Neither dropout nor an addition reads its inputs in backward; the norm after them, below, does.
+            return self.mlp_dropout(self.mlp(y, micro_batch, unread=micro_batch.unread), x, micro_batch)
+        x, _ = add_norm(self.attention_dropout, self.attention_norm, branch, x, micro_batch)
         return add_norm(self.mlp_dropout, self.mlp_norm, self.mlp(x, micro_batch), x, micro_batch)[0]
+
+    def halves(self) -> dict[str, list[nn.Module]]:
+        """The methods that run half a layer each, and the modules they read."""
+        attention, rest = [self.attention], [self.attention_dropout, self.mlp_norm, self.mlp, self.mlp_dropout]
+        (attention if self.pre_norm else rest).insert(0, self.attention_norm)
+        return {"attend": attention, "feed_forward": rest}
 
 
 def add_norm(dropout: Dropout, norm: LayerNorm, branch: Tensor, x: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -59,6 +73,17 @@ def add_norm(dropout: Dropout, norm: LayerNorm, branch: Tensor, x: Tensor, micro
         x = dropout(branch, x, micro_batch)
         return norm(x, micro_batch), x
     return norm.add(branch, x, micro_batch)
+
+
+# (layers, x [b, s, h], micro_batch) to the last one's [b, s, h].
+RunLayers = Callable[[Sequence[nn.Module], Tensor, MicroBatch], Tensor]
+
+
+def one_after_the_other(layers: Sequence[nn.Module], x: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """The plain way to run layers: x [b, s, h] through each."""
+    for layer in layers:
+        x = layer(x, micro_batch)
+    return x
 
 
 class Transformer(nn.Module):
@@ -80,6 +105,8 @@ class Transformer(nn.Module):
         self.embedding = self.make_embedding(rows) if first else None
         indices = range(config.num_layers) if layers is None else layers
         self.layers = nn.ModuleDict({str(i): Block(config, i, causal=self.causal) for i in indices})
+        # A seam: what keeps less for backward than autograd does runs the same layers in a way of its own.
+        self.run_layers: RunLayers = one_after_the_other
         has_norm = last and config.norm_position == "pre"
         self.final_norm = LayerNorm(config.hidden_size, config.layernorm_epsilon) if has_norm else None
         self.head = self.make_head(rows) if last else None
@@ -120,8 +147,7 @@ class Transformer(nn.Module):
         """Tokens [b, s] (first stage) or hidden states [b, s, h] to what the head gives (last stage) or hidden states."""
         if self.embedding is not None:
             x = self.embedding(x, micro_batch)
-        for layer in self.layers.values():
-            x = layer(x, micro_batch)
+        x = self.run_layers(list(self.layers.values()), x, micro_batch)
         if self.final_norm is not None:
             x = self.final_norm(x, micro_batch)
         return x if self.head is None else self.head(x, micro_batch)
