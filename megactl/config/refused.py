@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megactl.config.memory import offload_targets
-from megactl.config.schema import Data, Run
+from megactl.config.schema import Data, Model, Parallel, Run
 from megactl.config.shown import Names
 from megactl.errors import Problem
 
@@ -71,6 +71,32 @@ def _loss_scale_rows() -> Iterator[Refusal]:
         )
 
 
+def _idle_model_setting(name: str, needs: str, applies: Callable[[Model], bool], reason: str, instead: str) -> Refusal:
+    """A setting of the model that nothing would read, because of another one."""
+    field = Model.__dataclass_fields__[name]
+    flag = field.metadata["flags"][0]
+    return Refusal(
+        (f"model.{name}", f"model.{needs}"),
+        lambda run: applies(run.model) and getattr(run.model, name) != field.default,
+        reason,
+        f"use {instead}, or leave {flag} out",
+    )
+
+
+def _architecture_rows() -> Iterator[Refusal]:
+    """Settings that belong to one kind of positions or of MLP."""
+    learned, unscaled = "learned positions turn nothing", "without a factor no wavelength is stretched"
+    for name in ("rope_base", "rotary_percent", "rope_scaling_factor"):
+        yield _idle_model_setting(
+            name, "position_embedding", lambda model: model.position_embedding != "rope", learned, "--position-embedding rope"
+        )
+    for name in ("rope_original_positions", "rope_low_frequency", "rope_high_frequency"):
+        yield _idle_model_setting(
+            name, "rope_scaling_factor", lambda model: model.rope_scaling_factor == 1.0, unscaled, "--rope-scaling-factor 8"
+        )
+    yield _idle_model_setting("gelu", "activation", lambda model: model.activation == "swiglu", "SwiGLU has no GELU", "--activation gelu")
+
+
 def _offloaded(run: Run) -> frozenset[str]:
     """What --offload names; nothing where it cannot be read, which is a mistake of its own."""
     try:
@@ -125,6 +151,40 @@ _RECOMPUTE_ROWS = (
 )
 
 
+def _needs_zero_3(name: str, given: Callable[[Run], bool], reason: str, flag: str) -> Refusal:
+    """A setting of how weights are shared."""
+    applies = lambda run: given(run) and run.parallel.zero in (None, 0, 1, 2)  # noqa: E731
+    return Refusal((name, "parallel.zero"), applies, reason, f"use --zero 3, or leave {flag} out")
+
+
+_ZERO_ROWS = (
+    _needs_zero_3(
+        "parallel.zero_prefetch",
+        lambda run: run.parallel.zero_prefetch != Parallel.zero_prefetch,
+        "only ZeRO 3 gathers weights, which it can do ahead of their use",
+        "--zero-prefetch",
+    ),
+    _needs_zero_3(
+        "parallel.persistence_threshold",
+        lambda run: run.parallel.persistence_threshold != Parallel.persistence_threshold,
+        "only ZeRO 3 divides the weights, of which small ones can stay whole",
+        "--persistence-threshold",
+    ),
+    _needs_zero_3(
+        "parallel.split_layers",
+        lambda run: run.parallel.split_layers,
+        "only ZeRO 3 gathers layers, which it can do by halves",
+        "--split-layers",
+    ),
+    _needs_zero_3(
+        "parallel.tile",
+        lambda run: run.parallel.tile > 1,
+        "without ZeRO 3 all tiles of a matrix are there at once: they save nothing, and small products are slower",
+        "--tile",
+    ),
+)
+
+
 def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refusal:
     return Refusal((name,), applies, "is not finished in this tree", instead)
 
@@ -132,14 +192,13 @@ def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refu
 # Each row goes with the commit that makes its setting work.
 _UNFINISHED: tuple[Refusal, ...] = (
     _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
-    _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
-    _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
     _unfinished("memory.offload", lambda run: bool(_offloaded(run) - {"activations"}), "use --offload activations"),
 )
 
 
 REFUSED: tuple[Refusal, ...] = (
     *_UNFINISHED,
+    *_ZERO_ROWS,
     Refusal(
         ("parallel.sequence_parallel", "parallel.tensor_parallel"),
         lambda run: run.parallel.sequence_parallel and run.parallel.tensor_parallel == 1,
@@ -165,6 +224,12 @@ REFUSED: tuple[Refusal, ...] = (
         "use --schedule 1f1b, or --vpp 1",
     ),
     Refusal(
+        ("parallel.schedule", "parallel.pipeline_parallel"),
+        lambda run: run.parallel.schedule.startswith("zb") and run.parallel.pipeline_parallel == 1,
+        "no rank waits for another, so there is no bubble for weight gradients to fill",
+        "use --schedule 1f1b, or --pp 2 or more",
+    ),
+    Refusal(
         ("parallel.pipeline_split", "parallel.pipeline_parallel"),
         lambda run: run.parallel.pipeline_split is not None and run.parallel.pipeline_parallel == 1,
         "one pipeline rank holds all layers, and there is nothing to split",
@@ -182,6 +247,7 @@ REFUSED: tuple[Refusal, ...] = (
         "only BERT is trained on sentence pairs",
         "use --model bert, or leave --sentence-head out",
     ),
+    *_architecture_rows(),
     Refusal(
         ("checkpoint.load", "checkpoint.resume"),
         lambda run: run.checkpoint.load is not None and run.checkpoint.resume == "must",

@@ -161,10 +161,10 @@ class _Linear(Function):
         # Put off, the weight gradient keeps this rank's tokens of the output gradient, and gathers them again.
         late = partial(gathered, grad, ctx.scatter) if ctx.scatter is not None and ctx.deferred is not None else None
         bias_work = partial(bias_gradient, whole, ctx.targets[1], ctx.accumulate) if ctx.has_bias else None
-        return *_product_gradients(ctx, whole, x, weight, bias_work, late), *[None] * 6
+        return *product_gradients(ctx, whole, x, weight, bias_work, late), *[None] * 6
 
 
-def _product_gradients(
+def product_gradients(
     ctx, grad: Tensor, x: Tensor, weight: Tensor, bias_work: WeightWork | None, late_grad: Callable[[], Tensor] | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias from that of the product, [b, s, out].
@@ -259,7 +259,7 @@ class _LinearGelu(Function):
         x, weight, bias, product = ctx.saved_tensors
         grad, grad_bias = ops.bias_gelu_backward(grad, product, bias, ctx.approximate)
         bias_work = partial(_put, ctx.targets[1], grad_bias, bias, ctx.accumulate)
-        return *_product_gradients(ctx, grad, x, weight, bias_work), None, None, None, None, None
+        return *product_gradients(ctx, grad, x, weight, bias_work), None, None, None, None, None
 
 
 def linear_gelu(

@@ -4,7 +4,7 @@
     row      W cut by inputs:  y = sum_i x_i W_i^T, then the bias once. Forward sums the output; backward needs nothing.
     vocab    embedding and head cut by vocabulary rows; the cross entropy works on shards and never gathers logits.
 
-A block is column, (heads or GELU on the shard), row: one all-reduce forward and one backward. The backward one runs while
+A block is column, (heads, GELU or SwiGLU on the shard), row: one all-reduce forward and one backward. The backward one runs while
 the weight gradient is computed. With sequence parallelism the two are a gather before and a reduce-scatter behind
 (`sequence_parallel.py`), and x and y in the shapes below are this rank's tokens, [1, b s / tp, .].
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from megactl.engine import functional
+from megactl.engine import functional, functional_llama
 from megactl.engine.collectives import all_reduce
 from megactl.engine.mesh import Axis
 from megactl.engine.models.layers import CoreAttention, Linear, MicroBatch, VocabEmbedding, VocabHead
@@ -58,8 +58,11 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, whole: Linear, tp: Axis, sequence_parallel: bool = False) -> None:
         super().__init__()
         self.tp, self.sequence_parallel, self.initial = tp, sequence_parallel, whole.initial
-        self.weight, self.bias = _shard(whole.weight, 0, tp.size), _shard(whole.bias, 0, tp.size)
-        self.split_dim = {"weight": 0, "bias": 0}
+        # Of SwiGLU's [2, out, in] each rank takes the same outputs of both.
+        outputs = whole.weight.ndim - 2
+        self.weight = _shard(whole.weight, outputs, tp.size)
+        self.bias = None if whole.bias is None else _shard(whole.bias, outputs, tp.size)
+        self.split_dim = {"weight": outputs, "bias": outputs}
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, in], the same on every rank, to [b, s, out / tp]."""
@@ -67,10 +70,17 @@ class ColumnParallelLinear(nn.Module):
 
     def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str) -> Tensor:
         """This rank's part of `Linear.gelu`."""
-        return functional.linear_gelu(x, self.weight, self.bias, approximate, **self._input(micro_batch), **micro_batch.weight_options())
+        options = self._input(micro_batch) | micro_batch.weight_options()
+        if self.bias is None:
+            return functional_llama.linear_plain_gelu(x, self.weight, approximate, **options)
+        return functional.linear_gelu(x, self.weight, self.bias, approximate, **options)
 
     def _input(self, micro_batch: MicroBatch) -> dict[str, object]:
         return _input_options(self.tp, self.sequence_parallel, micro_batch, self._start_reduce)
+
+    def swiglu(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """This rank's part of `Linear.swiglu`."""
+        return functional_llama.linear_swiglu(x, self.weight, self.bias, **self._input(micro_batch), **micro_batch.weight_options())
 
     def _start_reduce(self, grad: Tensor) -> functional.Handle | None:
         return all_reduce(grad, self.tp.group, async_op=True)
@@ -93,7 +103,7 @@ class RowParallelLinear(nn.Module):
         else:
             y = functional.linear(x, self.weight, unread=unread, **options)
             y = y if unread else sum_forward(y, self.tp)
-        return functional.add_bias(y, self.bias, **options)
+        return y if self.bias is None else functional.add_bias(y, self.bias, **options)
 
 
 class VocabParallelEmbedding(nn.Module):

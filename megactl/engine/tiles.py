@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from megactl.engine import functional
+from megactl.engine import functional, functional_llama
 from megactl.engine.collectives import all_reduce
 from megactl.engine.mesh import Axis
 from megactl.engine.models.layers import Linear, MicroBatch
@@ -47,7 +47,10 @@ class Tile(Linear):
 
     def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str, *, gather: functional.TokenShards | None = None) -> Tensor:
         """See `Linear.gelu`."""
-        return functional.linear_gelu(x, self.weight, self.bias, approximate, gather=gather, **micro_batch.weight_options())
+        options = micro_batch.weight_options()
+        if self.bias is None:
+            return functional_llama.linear_plain_gelu(x, self.weight, approximate, gather=gather, **options)
+        return functional.linear_gelu(x, self.weight, self.bias, approximate, gather=gather, **options)
 
 
 class TiledColumn(nn.Module):
