@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from megactl.config.schema import Model
 from megactl.engine.models.layers import (
     GELU,
+    IGNORED_LABEL,
     Dropout,
+    FirstToken,
     Linear,
     MicroBatch,
     Targets,
@@ -56,15 +58,19 @@ class Embedding(nn.Module):
 class SentenceHead(nn.Module):
     """The first position's vector to two classes."""
 
+    # Its weights see one vector a sequence, on every rank that has the head, however tokens are divided.
+    of_sequences = True
+
     def __init__(self, config: Model) -> None:
         super().__init__()
         hidden, std = config.hidden_size, config.init_std
+        self.first = FirstToken()
         self.pooler = Linear(hidden, hidden, split=None, std=std)
         self.classifier = Linear(hidden, SENTENCE_CLASSES, split=None, std=std)
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, 2]."""
-        return self.classifier(torch.tanh(self.pooler(x[:, 0], micro_batch)), micro_batch)
+        return self.classifier(torch.tanh(self.pooler(self.first(x, micro_batch), micro_batch)), micro_batch)
 
 
 class PretrainingHead(nn.Module):
@@ -111,10 +117,13 @@ class BERT(Transformer):
         logits, sentence = output
         sums = [self.head.decoder.loss_sum(logits, targets.labels, targets.mask)]
         if sentence is not None:
-            sums.append(nn.functional.cross_entropy(sentence.to(sums[0].dtype), targets.sentence_labels, reduction="sum"))
+            logits, labels = sentence.to(sums[0].dtype), targets.sentence_labels
+            sums.append(nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum"))
         return torch.stack(sums)
 
     def loss_counts(self, targets: Targets) -> Tensor:
         """[k]: masked tokens, and sequences."""
-        tokens = targets.mask.sum()
-        return torch.stack([tokens, torch.full_like(tokens, len(targets.mask))][: len(self.losses)])
+        counts = [targets.mask.sum()]
+        if len(self.losses) > 1:
+            counts.append((targets.sentence_labels != IGNORED_LABEL).sum().to(counts[0].dtype))
+        return torch.stack(counts)
