@@ -191,7 +191,6 @@ def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refu
 
 # Each row goes with the commit that makes its setting work.
 _UNFINISHED: tuple[Refusal, ...] = (
-    _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
     _unfinished("memory.offload", lambda run: bool(_offloaded(run) - {"activations"}), "use --offload activations"),
 )
 
@@ -248,6 +247,12 @@ REFUSED: tuple[Refusal, ...] = (
         "use --model bert, or leave --sentence-head out",
     ),
     *_architecture_rows(),
+    Refusal(
+        ("parallel.context_method", "parallel.context_parallel"),
+        lambda run: run.parallel.context_method != "ring" and run.parallel.context_parallel == 1,
+        "each rank holds whole sequences, and attention has nothing to exchange",
+        "use --cp 2 or more, or leave --cp-method out",
+    ),
     Refusal(
         ("checkpoint.load", "checkpoint.resume"),
         lambda run: run.checkpoint.load is not None and run.checkpoint.resume == "must",

@@ -1,6 +1,6 @@
 """Tiled linear layers (DeepSpeed's memory-centric tiling): each matrix of a layer as N smaller ones, run one after another.
 
-    column   W cut by outputs: the outputs of the tiles stand beside each other, each with its own bias and GELU
+    column   W cut by outputs: the outputs of the tiles stand beside each other, each with its own bias and activation
     row      W cut by inputs:  the outputs of the tiles are added, then the bias once
 
 With ZeRO 3 a tile is a unit of its own, so that no more than one tile (and what is prefetched) is gathered at a time. A tile is a
@@ -30,16 +30,17 @@ class Tile(Linear):
     `split_dim` is that of the whole: a tile lies within the tensor-parallel shard.
     """
 
+    # The methods that run it.
+    RUNS = ("forward", "gelu", "swiglu")
+
     def __init__(self, whole: nn.Module, index: int, count: int, dim: int) -> None:
         nn.Module.__init__(self)
         self.index, self.count, self.initial = index, count, whole.initial
-        self.tile_dim = {"weight": dim} | ({"bias": dim} if dim == 0 else {})
+        by_outputs = dim < whole.weight.ndim - 1
+        self.tile_dim = {"weight": dim} | ({"bias": dim} if by_outputs else {})
         self.split_dim = getattr(whole, "split_dim", {})
-        shape = list(whole.weight.shape)
-        shape[dim] //= count
-        self.weight = nn.Parameter(torch.empty(shape, device=whole.weight.device))
-        has_bias = dim == 0 and whole.bias is not None
-        self.bias = nn.Parameter(torch.empty(shape[0], device=whole.weight.device)) if has_bias else None
+        self.weight = _part(whole.weight, dim, count)
+        self.bias = _part(whole.bias, dim, count) if by_outputs and whole.bias is not None else None
 
     def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False, gather: functional.TokenShards | None = None) -> Tensor:
         """See `Linear.forward`; `gather` as in `functional.linear`."""
@@ -52,6 +53,15 @@ class Tile(Linear):
             return functional_llama.linear_plain_gelu(x, self.weight, approximate, gather=gather, **options)
         return functional.linear_gelu(x, self.weight, self.bias, approximate, gather=gather, **options)
 
+    def swiglu(self, x: Tensor, micro_batch: MicroBatch, *, gather: functional.TokenShards | None = None) -> Tensor:
+        """See `Linear.swiglu`."""
+        return functional_llama.linear_swiglu(x, self.weight, self.bias, gather=gather, **micro_batch.weight_options())
+
+
+def _part(whole: nn.Parameter, dim: int, count: int) -> nn.Parameter:
+    shape = [size // count if axis == dim else size for axis, size in enumerate(whole.shape)]
+    return nn.Parameter(torch.empty(shape, device=whole.device))
+
 
 class TiledColumn(nn.Module):
     """A `Linear` cut by outputs, whole or this rank's shard."""
@@ -60,7 +70,9 @@ class TiledColumn(nn.Module):
         super().__init__()
         self.tp: Axis | None = getattr(whole, "tp", None)
         self.sequence_parallel = getattr(whole, "sequence_parallel", False)
-        self.tiles = nn.ModuleList(Tile(whole, index, count, 0) for index in range(count))
+        # Of SwiGLU's [2, out, in] each tile takes the same outputs of both.
+        outputs = whole.weight.ndim - 2
+        self.tiles = nn.ModuleList(Tile(whole, index, count, outputs) for index in range(count))
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, in] to [b, s, out], or this rank's outputs."""
@@ -71,6 +83,11 @@ class TiledColumn(nn.Module):
         """GELU of `forward`."""
         x, gather = self._entered(x, micro_batch)
         return torch.cat([tile.gelu(x, micro_batch, approximate, gather=gather) for tile in self.tiles], -1)
+
+    def swiglu(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """`Linear.swiglu`, some of its outputs in each tile."""
+        x, gather = self._entered(x, micro_batch)
+        return torch.cat([tile.swiglu(x, micro_batch, gather=gather) for tile in self.tiles], -1)
 
     def _entered(self, x: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, functional.TokenShards | None]:
         """(what the tiles read, how they gather it)."""

@@ -50,6 +50,11 @@ RULES = [
         2,
         "must be a multiple of --micro-batch-size 2 x dp 2 = 4; use --global-batch-size 4 or 8",
     ),
+    (
+        ["parallel.context_method=all-to-all"],
+        1,
+        "--cp-method all-to-all with --cp 1 (default): each rank holds whole sequences, and attention has nothing to exchange; use --cp 2",
+    ),
     (["optimizer.lr=0"], 1, "--lr 0: must be above 0; such as 0.0003"),
     (["optimizer.min_lr=1"], 1, "--min-lr 1: is above --lr 0.0003 (default); use --min-lr 3e-05"),
     (["optimizer.warmup=2000"], 1, "--warmup 2000: is longer than --iterations 1000 (default)"),

@@ -36,8 +36,9 @@ class Case:
     """One run. `bucket` is in parameters: 2000 makes several buckets a rank; `clip` 0 turns clipping off.
 
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
-    gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
-    loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
+    gradients are not finite. `documents` are GPT's ("positions" start again while documents see each other); `sentence` (the
+    sentence head) and `padding` are BERT's. `scale`: the dynamic loss scale at the start, which doubles after `window` good steps and
+    falls at the first overflow after that; None for no scaling.
     `steps`: how many, with the rates in turn. `threshold`, `prefetch`, `split_layers`, `tile`: of ZeRO 3. `vpp`: stages a rank, of one
     layer or more; `split`: the layers of each stage, or what counts as one; `scatter`: scatter-gather. `layers`: None for as many as
     show everything in the layout. `positions` to `bias`: what Llama-shaped models have otherwise. `micro_batch`: sequences in one.
@@ -87,13 +88,15 @@ class Case:
     activation: str = "gelu"
     kv_heads: int | None = None
     bias: bool = True
+    cp: int = 1
+    cp_method: str = "ring"
     micro_batch: int = MICRO_BATCH
     sp: bool = False
 
     @property
     def world_size(self) -> int:
         """Ranks."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def name(self) -> str:
@@ -116,6 +119,7 @@ class Case:
                 bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self._threshold(),
                 zero_prefetch=self.prefetch, split_layers=self.split_layers, tile=self.tile, virtual_pipeline=self.vpp,
                 scatter_gather=self.scatter, pipeline_split=self.split, sequence_parallel=self.sp,
+                context_parallel=self.cp, context_method=self.cp_method,
             ),
             training=Training(
                 micro_batch_size=self.micro_batch, global_batch_size=self.micro_batch * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
@@ -128,7 +132,7 @@ class Case:
             # In fp32 a large epsilon: where a gradient is zero but for rounding (the key's bias), a small one divides noise by noise.
             optimizer=Optimizer(clip_grad=self.clip, weight_decay=0.1, epsilon=1e-8 if self.precision == "fp64" else 1e-4),
             data=Data(mock_data=True) if self.model == "bert" else Data(
-                mock_data=True, eod_mask_loss=self.documents != "plain", reset_position_ids=self.documents == "reset",
+                mock_data=True, eod_mask_loss=self.documents != "plain", reset_position_ids=self.documents in ("reset", "positions"),
                 reset_attention_mask=self.documents == "reset",
             ),
         )  # fmt: skip

@@ -12,9 +12,9 @@ from megactl.engine.models import layers, rotary
 from parity.faults import Mutation, patched
 
 
-def _twice_as_far(original: Callable) -> Callable:
-    """Angles of twice the position: only distances count, so that a constant shift would change nothing."""
-    return lambda self, ids: original(self, 2 * ids)
+def _place_for_position(original: Callable) -> Callable:
+    """Angles of places in the sequence, whatever the position ids say."""
+    return lambda self, ids: original(self, arange(ids.shape[1]).expand_as(ids))
 
 
 def _decay_by_dimensions(original: Callable) -> Callable:
@@ -36,11 +36,12 @@ def _heads_take_turns(original: Callable) -> Callable:
 
 
 LLAMA = {
-    "angles of twice the position": Mutation(
-        patched(rotary.RotaryAngles, "__call__", _twice_as_far),
+    "angles do not follow the position ids": Mutation(
+        patched(rotary.RotaryAngles, "__call__", _place_for_position),
         (1, 1, 2),
-        "loss on rank",
-        {"positions": "rope", "documents": "reset"},
+        "loss on rank 1",
+        # Behind a mask of documents nothing shows: angles count differences of positions.
+        {"positions": "rope", "documents": "positions"},
     ),
     "SwiGLU's biases decay": Mutation(patched(flat, "_spec", _decay_by_dimensions), (1, 1, 2), "weight", {"activation": "swiglu"}),
     "heads take turns at the keys": Mutation(

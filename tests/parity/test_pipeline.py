@@ -157,6 +157,17 @@ STEPS = [
     Case(pp=2, schedule="zb-h1", micro_batches=3, ramp=True, overflow=True),
     Case(pp=2, dp=2, zero=1, schedule="zb-v", micro_batches=2, ramp=True, overflow=True, scale=2.0**40),
 ]
+WITH_OTHERS = [
+    # Recomputation fills the queue in its inner backward.
+    Case(pp=2, schedule="zb-h1", micro_batches=3, recompute="full", dropout=0.1),
+    Case(pp=2, schedule="zb-v", micro_batches=3, recompute="selective", attention="unfused", dropout=0.1, model="bert", norm="post"),
+    Case(pp=2, vpp=2, tp=2, micro_batches=2, recompute="full", partition=True, dropout=0.1),
+    # A bucket of ZeRO 2 and 3 is complete when its works are off the queue, in each micro-batch.
+    Case(pp=2, dp=2, schedule="zb-h1", zero=2, micro_batches=3, bucket=1),
+    Case(pp=2, dp=2, schedule="zb-v", zero=3, micro_batches=3, recompute="full", dropout=0.1),
+    Case(pp=2, dp=2, vpp=2, zero=3, micro_batches=4, tile=2, tied=False),
+    Case(pp=2, dp=2, schedule="zb-h2", zero=3, micro_batches=4, overlap=False, precision="fp64", model="bert"),
+]
 NIGHTLY = [
     Case(tp=2, pp=4, vpp=2, micro_batches=6, dropout=0.1),
     Case(tp=2, pp=4, schedule="zb-h1", micro_batches=5, documents="reset"),
@@ -172,6 +183,11 @@ NIGHTLY = [
 
 @pytest.mark.parametrize("case", [*SPLITS, *STEPS], ids=show)
 def test_other_splits_and_steps_that_change_equal_one_process(parity: Parity, case: Case):
+    assert not parity.deviations(case, TOLERANCE)
+
+
+@pytest.mark.parametrize("case", WITH_OTHERS, ids=show)
+def test_schedules_with_other_techniques_equal_one_process(parity: Parity, case: Case):
     assert not parity.deviations(case, TOLERANCE)
 
 
