@@ -225,18 +225,6 @@ def _tensor_parallel(names: Names) -> Iterator[Problem]:
         yield Problem(show("parallel.tensor_parallel"), rule, instead)
 
 
-def _sequence_parallel(names: Names) -> Iterator[Problem]:
-    training, parallel, show = names.run.training, names.run.parallel, names.show
-    tp, cp = parallel.tensor_parallel, parallel.context_parallel
-    if not parallel.sequence_parallel or training.micro_batch_size * training.seq_length % (tp * cp) == 0:
-        return
-    where = f"{show('training.micro_batch_size')} with {show('training.seq_length')}"
-    ranks = show("parallel.tensor_parallel") + (f" x {show('parallel.context_parallel')}" if cp > 1 else "")
-    rule = f"with {show('parallel.sequence_parallel')} the tokens of a micro-batch must be a multiple of {ranks}"
-    lengths = nearest_multiples(training.seq_length, tp * cp // math.gcd(tp * cp, training.micro_batch_size))
-    yield Problem(where, rule, f"use --seq-length {lengths}, or leave --sp out")
-
-
 def _context_parallel(names: Names) -> Iterator[Problem]:
     run, show = names.run, names.show
     model, parallel, length = run.model, run.parallel, run.training.seq_length
@@ -252,6 +240,18 @@ def _context_parallel(names: Names) -> Iterator[Problem]:
         heads = f"the {model.num_heads // tp} heads of a rank ({show('model.num_heads')}, {show('parallel.tensor_parallel')})"
         instead = f"use --cp-method ring, or --cp {nearest_divisors(cp, model.num_heads // tp)}"
         yield Problem(where, f"trades tokens for heads, and must divide {heads}", instead)
+
+
+def _sequence_parallel(names: Names) -> Iterator[Problem]:
+    training, parallel, show = names.run.training, names.run.parallel, names.show
+    tp, cp = parallel.tensor_parallel, parallel.context_parallel
+    if not parallel.sequence_parallel or training.micro_batch_size * training.seq_length % (tp * cp) == 0:
+        return
+    where = f"{show('training.micro_batch_size')} with {show('training.seq_length')}"
+    ranks = show("parallel.tensor_parallel") + (f" x {show('parallel.context_parallel')}" if cp > 1 else "")
+    rule = f"with {show('parallel.sequence_parallel')} the tokens of a micro-batch must be a multiple of {ranks}"
+    lengths = nearest_multiples(training.seq_length, tp * cp // math.gcd(tp * cp, training.micro_batch_size))
+    yield Problem(where, rule, f"use --seq-length {lengths}, or leave --sp out")
 
 
 def _pipeline_parallel(names: Names) -> Iterator[Problem]:
@@ -381,11 +381,11 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_rotary, ("model.hidden_size", "model.num_heads", "model.rotary_percent", "model.rope_low_frequency", "model.rope_high_frequency")),
     (_positions, ("model.max_positions", "training.seq_length")),
     (_tensor_parallel, ("model.num_heads", "model.kv_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
+    (_context_parallel, ("model.num_heads", "parallel.tensor_parallel", "parallel.context_parallel", "training.seq_length")),
     (
         _sequence_parallel,
         ("training.micro_batch_size", "training.seq_length", "parallel.tensor_parallel", "parallel.context_parallel"),
     ),
-    (_context_parallel, ("model.num_heads", "parallel.tensor_parallel", "parallel.context_parallel", "training.seq_length")),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel", "parallel.virtual_pipeline")),
     (_recompute_layers, ("model.num_layers", "memory.recompute_layers")),
     (_tiles, ("model.hidden_size", "model.num_heads", "model.kv_heads", "model.ffn_size", "parallel.tensor_parallel", "parallel.tile")),

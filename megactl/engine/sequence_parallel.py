@@ -148,8 +148,8 @@ class RankDropout(Dropout):
             return super().forward(x, residual, micro_batch)
         tokens = RankTokens.of(micro_batch, self.tp)
         if micro_batch.rows is not None:
-            rows = tokens.rows(micro_batch.rows)
-            return ops.dropout_add_rows(x, residual, self.probability, micro_batch.rng, self.site, rows)
+            own = tokens.rows(micro_batch.rows)
+            return ops.dropout_add_rows(x, residual, self.probability, micro_batch.rng, self.site, own)
         place = {"outer_offset": tokens.first, "outer_size": tokens.length}
         return ops.dropout_add(x, residual, self.probability, micro_batch.rng, self.site, **place)
 

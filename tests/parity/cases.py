@@ -118,8 +118,8 @@ class Case:
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
                 bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self._threshold(),
                 zero_prefetch=self.prefetch, split_layers=self.split_layers, tile=self.tile, virtual_pipeline=self.vpp,
-                scatter_gather=self.scatter, pipeline_split=self.split, sequence_parallel=self.sp,
-                context_parallel=self.cp, context_method=self.cp_method,
+                scatter_gather=self.scatter, pipeline_split=self.split,
+                context_parallel=self.cp, context_method=self.cp_method, sequence_parallel=self.sp,
             ),
             training=Training(
                 micro_batch_size=self.micro_batch, global_batch_size=self.micro_batch * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
