@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megactl.commands.bench_recompute import recompute
+from megactl.commands.bench_train import train
 from megactl.commands.common import emit_json, say
 from megactl.commands.tables import markdown_table, show_table
+from megactl.commands.typer_app import App
 from megactl.errors import ConfigError, MegactlError, Problem
 
 if TYPE_CHECKING:
     from megactl.engine.bench import Plan, Row
 
-app = typer.Typer(help="Time operators beside torch's, and training under each strategy of recomputation.", no_args_is_help=True)
+app = App(help="Time operators beside torch's, and training under each strategy of recomputation.")
 app.command("recompute")(recompute)
+app.command("train", **train.command_options)(train)
 
 _HEADER = ("operator", "direction", "size", "shape", "type", "megactl", "eager", "compile", "copy")
 _HEADER += ("GB/s", "of copy", "against torch", "verdict")

@@ -104,10 +104,11 @@ def recompute(
         say(text, label="left out")
     if not cells:
         raise MegactlError("no layout fits this machine", "choose degrees with --layout TPxPP, or more ranks with --nproc")
-    measured, code = _measure(cells, start, wanted)
+    assert start is not None
+    measured, code = measure(cells, start, wanted["iterations"])
     document = _document(measured, wanted)
     if markdown is not None:
-        _write(markdown, _markdown(document))
+        write_text(markdown, _markdown(document))
     if plot is not None:
         from megactl.report.recompute import write_recompute_plot
 
@@ -213,19 +214,18 @@ def _prepared(layout: Layout, assignments: Sequence[str], wanted: Mapping[str, A
     return prepare(load(preset=layout.model, assignments=settings), os.environ)
 
 
-def _measure(cells: Sequence[Cell], start: StartInfo | None, wanted: Mapping[str, Any]) -> tuple[list[Measured], int]:
-    """Every row that was done, and the exit code of the ranks."""
+def measure(cells: Sequence[Cell], start: StartInfo, iterations: int) -> tuple[list[Measured], int]:
+    """Every row that was done, and the exit code of the ranks. They start once, in the run directory of the first cell."""
     from megactl.config.store import claim
     from megactl.engine.bench.training import ROWS_FILE, read_rows, time_cells
     from megactl.engine.launch import launch
 
-    assert start is not None
     first = cells[0].resolved
     run_dir = Path(first.run.logging.run_dir or "")
     say(f"{len(cells)} rows on {start.world_size} ranks; rows and logs go to {run_dir}")
     with claim(str(run_dir)):
         (run_dir / ROWS_FILE).unlink(missing_ok=True)
-        code = launch(first.run, first, start, worker=time_cells(cells, wanted["iterations"]))
+        code = launch(first.run, first, start, worker=time_cells(cells, iterations))
     return read_rows(run_dir), code
 
 
@@ -291,7 +291,8 @@ def _markdown(document: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a page. Raises MegactlError where that is not possible."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -150,13 +150,14 @@ def _model(run: Run) -> dict[str, Any]:
     from megactl.costmodel.parameters import padded_vocab, parameter_parts, rank_parameters
 
     model, parallel, seq_length = run.model, run.parallel, run.training.seq_length
+    stages = {"schedule": parallel.schedule, "virtual_pipeline": parallel.virtual_pipeline, "split": parallel.pipeline_split}
     parts = parameter_parts(model, seq_length=seq_length)
     assert model.vocab_size is not None and run.training.global_batch_size is not None, "the run is not resolved"
     return {
         "parameters": sum(parts.values()),
         "parts": parts,
         "parameters_per_rank": list(
-            rank_parameters(model, tp=parallel.tensor_parallel, pp=parallel.pipeline_parallel, seq_length=seq_length)
+            rank_parameters(model, tp=parallel.tensor_parallel, pp=parallel.pipeline_parallel, seq_length=seq_length, **stages)
         ),
         "padded_vocab_size": padded_vocab(model.vocab_size, parallel.tensor_parallel),
         "flops_per_iteration": model_flops(model, seq_length, run.training.global_batch_size),
@@ -179,6 +180,8 @@ def memory_of(resolved: Resolved) -> dict[str, Any]:
         zero=run.parallel.zero,
         precision=run.training.precision,
         schedule=run.parallel.schedule,
+        virtual_pipeline=run.parallel.virtual_pipeline,
+        split=run.parallel.pipeline_split,
     )
     stages = [estimate.as_dict() for estimate in estimate_stages(run.model, layout)]
     return {"largest_rank_bytes": max(stage["total"] for stage in stages), "stages": stages}

@@ -9,10 +9,21 @@ Symbols: s tokens, b sequences in a micro-batch, h hidden, f MLP width, a heads,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from megactl.config.schema import Model
-from megactl.costmodel.parameters import ffn_width, is_encoder, padded_vocab, split_layers, stage_parts, vocabulary
+from megactl.costmodel.parameters import (
+    ffn_width,
+    first_matrix_width,
+    is_encoder,
+    key_value_width,
+    padded_vocab,
+    split_layers,
+    stage_parts,
+    stage_ranks,
+    vocabulary,
+)
 from megactl.errors import ConfigError, Problem
 
 
@@ -81,6 +92,8 @@ class Layout:
     zero: int = 0
     precision: str = "fp32"
     schedule: str = "1f1b"
+    virtual_pipeline: int = 1
+    split: str | None = None
 
     def problems(self) -> list[Problem]:
         """Every value that no run can have."""
@@ -93,8 +106,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank of one stage. `total` is the peak of an iteration, so logits and transient do not add up.
+    """Bytes on one rank. `total` is the peak of an iteration, so logits and transient do not add up.
 
+    stage: its pipeline rank; the virtual stages it holds count together. live_microbatches: at the peak, each once a virtual stage.
     weights, gradients, optimizer: there all the time. activations: kept for backward by all live micro-batches together, with the
     output each of them sends on. logits: head and loss of the last stage at their peak. transient: working set of one layer.
     """
@@ -125,60 +139,88 @@ class MemoryEstimate:
 
 
 def estimate_memory(model: Model, layout: Layout) -> MemoryEstimate:
-    """The estimate of the fullest stage. See `estimate_stage`."""
+    """The estimate of the fullest pipeline rank. See `estimate_stage`."""
     return max(estimate_stages(model, layout), key=lambda estimate: estimate.total)
 
 
 def estimate_stages(model: Model, layout: Layout) -> tuple[MemoryEstimate, ...]:
-    """One estimate a pipeline stage: early ones hold more micro-batches, the last one holds the logits."""
+    """One estimate a pipeline rank: early ones hold more micro-batches, the one with the last stage holds the logits."""
     return tuple(estimate_stage(model, layout, stage) for stage in range(layout.pipeline_parallel))
 
 
-def estimate_stage(model: Model, layout: Layout, stage: int) -> MemoryEstimate:
-    """Peak bytes of tensors on one rank of a stage, without activation recomputation.
+def estimate_stage(model: Model, layout: Layout, rank: int) -> MemoryEstimate:
+    """Peak bytes of tensors on a rank that holds the virtual stages of pipeline rank `rank`, without activation recomputation.
 
     Left out: the CUDA context (0.5 to 2 GB), communication buffers of NCCL and of transfers in flight, library workspaces,
     the caching allocator's fragmentation (2 to 6 % of the rest), masks of documents (`reset_attention_mask`), dropout masks where
     the compiled operators are not built, and the square that scaled_dot_product_attention stores where it has no fused kernel.
     Raises ConfigError where the layout does not divide the model.
     """
-    # The schedules take a fifth of a desk command's start, and most of those ask for no activations.
-    from megactl.schedules.generators import max_live_microbatches
-
     problems = layout.problems()
     if problems:
         raise ConfigError(problems)
-    pp = layout.pipeline_parallel
-    parts = stage_parts(model, tp=layout.tensor_parallel, num_stages=pp, stage=stage, seq_length=layout.seq_length)
-    parameters = sum(parts.values())
+    placed = stage_ranks(layout.pipeline_parallel, layout.schedule, layout.virtual_pipeline)
+    held = [stage for stage, owner in enumerate(placed) if owner == rank]
+    shape = {"tp": layout.tensor_parallel, "num_stages": len(placed), "seq_length": layout.seq_length, "split": layout.split}
+    parameters = sum(sum(stage_parts(model, stage=stage, **shape).values()) for stage in held)
     state = model_state(parameters, layout.precision, zero=layout.zero, data_parallel=layout.data_parallel)
-    live = max_live_microbatches(layout.schedule, stage=stage, num_ranks=pp, num_microbatches=layout.num_microbatches)
-    layers, last = len(split_layers(model.num_layers, pp)[stage]), stage == pp - 1
     sizes = _Sizes.of(model, layout)
-    kept = layers * layer_activations(model, layout) + (0 if last else sizes.hidden) + (_embedding(model, sizes) if stage == 0 else 0)
+    live = live_at_peak(layout, rank, {stage: _kept(model, layout, sizes, stage, len(placed)) for stage in held})
     return MemoryEstimate(
-        stage=stage,
+        stage=rank,
         parameters=parameters,
-        live_microbatches=live,
+        live_microbatches=live.microbatches,
         weights=state.weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
-        activations=live * kept,
-        logits=_logits(sizes, live) if last else 0,
+        activations=live.total,
+        logits=_logits(sizes, live.of_last) if len(placed) - 1 in held else 0,
         transient=_layer_transient(sizes),
     )
+
+
+def _kept(model: Model, layout: Layout, sizes: _Sizes, stage: int, num_stages: int) -> int:
+    """Bytes one virtual stage keeps for a micro-batch: its layers, the output it sends on, what the embedding keeps."""
+    layers = len(split_layers(model.num_layers, num_stages, layout.split)[stage])
+    sent = 0 if stage == num_stages - 1 else sizes.hidden
+    ends = sent + (_embedding(model, sizes) if stage == 0 else 0)
+    return layers * layer_activations(model, layout) + ends + _rotary_tables(model, sizes)
+
+
+@dataclass(frozen=True)
+class LivePeak:
+    """The fullest moment of a rank: what its live micro-batches keep together, how many (each once a virtual stage), and how many of
+    the last virtual stage it ever holds."""
+
+    total: int
+    microbatches: int
+    of_last: int
+
+
+def live_at_peak(layout: Layout, rank: int, kept: Mapping[int, int]) -> LivePeak:
+    """Walk the rank's order of computations; `kept` is what each of its virtual stages keeps for one micro-batch (any unit)."""
+    # The schedules take a fifth of a desk command's start, and most of those ask for no activations.
+    from megactl.schedules.generators import max_live_microbatches, num_chunks, peak_live
+
+    pp, m = layout.pipeline_parallel, layout.num_microbatches
+    chunks = num_chunks(layout.schedule, layout.virtual_pipeline)
+    total, live = peak_live(layout.schedule, kept, rank=rank, num_ranks=pp, num_microbatches=m, chunks=chunks)
+    last = max_live_microbatches(layout.schedule, stage=pp * chunks - 1, num_ranks=pp, num_microbatches=m, chunks=chunks)
+    return LivePeak(total, sum(live.values()), last)
 
 
 def layer_activations(model: Model, layout: Layout) -> int:
     """Bytes one layer keeps for the backward of one micro-batch on one rank.
 
-    With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus LayerNorm's statistics.
+    With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus the norms' statistics. SwiGLU keeps 6f/h in place of GELU's
+    4f/h; grouped queries keep 2 + 4g/a for q, k, v in place of 6 (g groups).
     """
     sizes = _Sizes.of(model, layout)
-    # Whole on each rank, wherever the norms stand: inputs of both LayerNorms, of qkv and of the first MLP matrix.
-    whole = 4 * sizes.hidden + 2 * 2 * sizes.accumulate * sizes.tokens
-    # Split over t: q, k, v, the input of attention's output matrix, GELU's input and output.
-    split = 4 * sizes.hidden // sizes.tensor_parallel + 2 * sizes.mlp
+    # Whole on each rank, wherever the norms stand: inputs of both norms, of qkv and of the first MLP matrix.
+    statistics = 1 if model.normalization == "rmsnorm" else 2
+    whole = 4 * sizes.hidden + 2 * statistics * sizes.accumulate * sizes.tokens
+    # Split over t: q, k, v, the input of attention's output matrix, the activation's input and output.
+    split = 2 * sizes.hidden // sizes.tensor_parallel + 2 * sizes.keys + sizes.first + sizes.mlp
     if not sizes.unfused:
         # Log-sum-exp of every row; BERT's mask of padding, which each call turns into numbers to add.
         mask = sizes.element * sizes.tokens if is_encoder(model) else 0
@@ -193,15 +235,23 @@ def _embedding(model: Model, sizes: _Sizes) -> int:
     return sizes.hidden + 2 * sizes.accumulate * sizes.tokens if is_encoder(model) and model.norm_position == "post" else 0
 
 
+def _rotary_tables(model: Model, sizes: _Sizes) -> int:
+    """Bytes of the cosines and sines of a micro-batch's positions, made once for all layers of the stage."""
+    return 4 * sizes.tokens * model.rotary_width
+
+
 @dataclass(frozen=True)
 class _Sizes:
-    """Recurring sizes on one rank: bytes of hidden states [s, b, h] and of the MLP's [s, b, f/t]; elements of the rest."""
+    """Recurring sizes on one rank: bytes of hidden states [s, b, h], of the keys, of the MLP's first product and of its activation
+    [s, b, f/t]; elements of the rest."""
 
     element: int
     accumulate: int
     tensor_parallel: int
     tokens: int
     hidden: int
+    keys: int
+    first: int
     mlp: int
     scores: int
     logits: int
@@ -222,10 +272,12 @@ class _Sizes:
             tensor_parallel=t,
             tokens=tokens,
             hidden=precision.element * tokens * model.hidden_size,
+            keys=precision.element * tokens * key_value_width(model) // t,
+            first=precision.element * tokens * first_matrix_width(model) // t,
             mlp=precision.element * tokens * ffn_width(model) // t,
             scores=model.num_heads * layout.seq_length * tokens // t,
             logits=tokens * rows,
-            layer_matrix=model.hidden_size * max(ffn_width(model), 3 * model.hidden_size) // t,
+            layer_matrix=model.hidden_size * max(first_matrix_width(model), model.hidden_size + 2 * key_value_width(model)) // t,
             head_matrix=rows * model.hidden_size,
             # Dropout inside a fused kernel cannot be repeated by another layout, so `auto` does not use one then.
             unfused=model.attention == "unfused" or (model.attention == "auto" and model.attention_dropout > 0),
@@ -251,9 +303,9 @@ def _logits(sizes: _Sizes, live: int) -> int:
 
 def _layer_transient(sizes: _Sizes) -> int:
     """Largest working set inside one layer's backward, beyond what it keeps: that of the MLP, or of unfused attention."""
-    through_mlp = sizes.mlp + 2 * sizes.hidden + sizes.product(sizes.layer_matrix)
+    through_mlp = sizes.first + 2 * sizes.hidden + sizes.product(sizes.layer_matrix)
     if not sizes.unfused:
         return through_mlp
     # Gradients of the probabilities and of the scores; the MLP's kept tensors of this layer are free again by then.
     attention = 2 * sizes.scores * sizes.element + sizes.hidden
-    return max(through_mlp, attention - 2 * sizes.hidden - 2 * sizes.mlp)
+    return max(through_mlp, attention - 2 * sizes.hidden - sizes.first - sizes.mlp)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from math import lcm
 
+from megactl.config.pipeline_split import SplitError, stage_layers
 from megactl.config.schema import Model
 from megactl.errors import ConfigError, Problem
 
@@ -29,8 +31,23 @@ def has_sentence_head(model: Model) -> bool:
 
 
 def ffn_width(model: Model) -> int:
-    """Width of the MLP: as set, or 4 x hidden."""
-    return 4 * model.hidden_size if model.ffn_size is None else model.ffn_size
+    """Width of the MLP: as set, or 4 x hidden, of which SwiGLU takes two thirds."""
+    return model.mlp_width
+
+
+def key_value_width(model: Model) -> int:
+    """Width of all keys, and of all values: hidden, or less where heads share them (Ainslie et al. 2023)."""
+    return model.hidden_size * model.key_value_heads // model.num_heads
+
+
+def first_matrix_width(model: Model) -> int:
+    """Outputs of the MLP's first matrix: SwiGLU's gate and what it multiplies are made by one."""
+    return ffn_width(model) * (2 if model.activation == "swiglu" else 1)
+
+
+def norm_parameters(model: Model) -> int:
+    """Parameters of one norm: a weight, and LayerNorm's bias."""
+    return model.hidden_size * (1 if model.normalization == "rmsnorm" else 2)
 
 
 def padded_vocab(vocab: int, tp: int) -> int:
@@ -39,8 +56,18 @@ def padded_vocab(vocab: int, tp: int) -> int:
     return -(-vocab // multiple) * multiple
 
 
-def split_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
-    """Global layer indices of each stage, equally many on each. Raises ConfigError where that is not possible."""
+def split_layers(num_layers: int, num_stages: int, split: str | None = None) -> tuple[range, ...]:
+    """Global layer indices of each virtual stage: equally many on each, or as `split` (--pp-split) says.
+
+    Raises ConfigError where that is not possible.
+    """
+    if split is not None:
+        try:
+            counts = stage_layers(num_layers, num_stages, split)
+        except SplitError as error:
+            raise ConfigError([Problem(f"pipeline_split = {split}", error.rule, error.instead)]) from error
+        starts = list(accumulate(counts, initial=0))
+        return tuple(range(start, stop) for start, stop in pairwise(starts))
     if num_stages < 1 or num_layers % num_stages:
         fits = [stages for stages in range(1, num_layers + 1) if num_layers % stages == 0]
         nearest = min(fits, key=lambda stages: (abs(stages - num_stages), stages), default=1)
@@ -83,16 +110,18 @@ def seed_formula(*, num_layers: int, hidden_size: int, vocab_size: int, seq_leng
     return num_layers * (12 * h * h + 13 * h) + vocab_size * h + seq_length * h + 2 * h
 
 
-def stage_parts(model: Model, *, tp: int, num_stages: int, stage: int, seq_length: int | None = None) -> dict[str, int]:
-    """Parameters that one rank holds for one stage, by part, with the padded vocabulary.
+def stage_parts(
+    model: Model, *, tp: int, num_stages: int, stage: int, seq_length: int | None = None, split: str | None = None
+) -> dict[str, int]:
+    """Parameters that one rank holds for one virtual stage, by part, with the padded vocabulary.
 
     Split over tp: matrix weights, biases of the column-parallel layers (qkv and the first MLP matrix), embedding and head rows.
-    Whole on each tp rank: LayerNorms, biases of the row-parallel layers, positions, BERT's token types and what it has before the
+    Whole on each tp rank: norms, biases of the row-parallel layers, positions, BERT's token types and what it has before the
     output matrix. With more than one stage a tied head is a second copy of the embedding on the last stage. Raises ConfigError
     where tp or the stages do not divide the model.
     """
     check_tensor_parallel(model, tp)
-    layers = len(split_layers(model.num_layers, num_stages)[stage])
+    layers = len(split_layers(model.num_layers, num_stages, split)[stage])
     first, last = stage == 0, stage == num_stages - 1
     rows = padded_vocab(vocabulary(model), tp) // tp
     separate_head = last and (model.untie_embeddings or num_stages > 1)
@@ -108,14 +137,39 @@ def stage_parts(model: Model, *, tp: int, num_stages: int, stage: int, seq_lengt
     }
 
 
-def rank_parameters(model: Model, *, tp: int, pp: int, seq_length: int | None = None) -> tuple[int, ...]:
-    """Parameters that one rank of each pipeline stage holds (the largest of them is what has to fit)."""
-    return tuple(sum(stage_parts(model, tp=tp, num_stages=pp, stage=stage, seq_length=seq_length).values()) for stage in range(pp))
+def rank_parameters(
+    model: Model,
+    *,
+    tp: int,
+    pp: int,
+    seq_length: int | None = None,
+    schedule: str = "1f1b",
+    virtual_pipeline: int = 1,
+    split: str | None = None,
+) -> tuple[int, ...]:
+    """Parameters that one rank of each pipeline rank holds, over all its virtual stages (the largest of them is what has to fit)."""
+    placed = stage_ranks(pp, schedule, virtual_pipeline)
+    held = [0] * pp
+    for stage, rank in enumerate(placed):
+        held[rank] += sum(stage_parts(model, tp=tp, num_stages=len(placed), stage=stage, seq_length=seq_length, split=split).values())
+    return tuple(held)
+
+
+def stage_ranks(pp: int, schedule: str = "1f1b", virtual_pipeline: int = 1) -> tuple[int, ...]:
+    """The pipeline rank that holds each virtual stage."""
+    # The schedules take a fifth of a desk command's start, and most of those ask for no pipeline.
+    if pp == 1 and virtual_pipeline == 1 and schedule == "1f1b":
+        return (0,)
+    from megactl.schedules.generators import num_chunks, placement
+
+    return placement(schedule, num_ranks=pp, chunks=num_chunks(schedule, virtual_pipeline))
 
 
 def check_tensor_parallel(model: Model, tp: int) -> None:
     """Raise one ConfigError that names every width of the model that `tp` does not divide."""
     widths = {"num_heads": model.num_heads, "ffn_size": ffn_width(model), "hidden_size": model.hidden_size}
+    if model.key_value_heads != model.num_heads:
+        widths["kv_heads"] = model.key_value_heads
     problems = [
         Problem(f"{name} = {width}", f"must be a multiple of tensor_parallel = {tp}", f"set tensor_parallel to a divisor of {width}")
         for name, width in widths.items()
@@ -133,7 +187,9 @@ def vocabulary(model: Model) -> int:
 
 
 def learned_positions(model: Model, seq_length: int | None) -> int:
-    """Rows of the position table: as set, or the sequence length. Raises ConfigError where neither is known."""
+    """Rows of the position table: as set, or the sequence length; none with rope. Raises ConfigError where neither is known."""
+    if model.position_embedding == "rope":
+        return 0
     positions = seq_length if model.max_positions is None else model.max_positions
     if positions is None:
         rule = "is not known, and the position table's size depends on it"
@@ -145,25 +201,26 @@ def _encoder_embedding(model: Model) -> dict[str, int]:
     """What BERT's embedding has besides tokens and positions."""
     if not is_encoder(model):
         return {}
-    norm = 2 * model.hidden_size if model.norm_position == "post" else 0
+    norm = norm_parameters(model) if model.norm_position == "post" else 0
     return {"token_type_embeddings": TOKEN_TYPES * model.hidden_size, "embedding_layernorm": norm}
 
 
 def _head_parts(model: Model) -> dict[str, int]:
     """What stands between the last layer and the output matrix, and beside it. Nothing of it is split over tp."""
     h = model.hidden_size
-    parts = {"final_layernorm": 2 * h if model.norm_position == "pre" else 0}
+    parts = {"final_layernorm": norm_parameters(model) if model.norm_position == "pre" else 0}
     if is_encoder(model):
         pooler, classifier = h * h + h, SENTENCE_CLASSES * (h + 1)
-        parts |= {"mlm_head": h * h + h + 2 * h, "sentence_head": pooler + classifier if has_sentence_head(model) else 0}
+        parts |= {"mlm_head": h * h + h + norm_parameters(model), "sentence_head": pooler + classifier if has_sentence_head(model) else 0}
     return parts
 
 
 def _layer_parts(model: Model) -> dict[str, tuple[int, int]]:
     """One layer as {part: (parameters split over tp, parameters every tp rank holds whole)}."""
     h, f = model.hidden_size, ffn_width(model)
+    qkv, first, biases = h + 2 * key_value_width(model), first_matrix_width(model), int(model.bias)
     return {
-        "attention": (3 * h * h + 3 * h + h * h, h),
-        "mlp": (h * f + f + f * h, h),
-        "layernorms": (0, 4 * h),
+        "attention": (qkv * h + qkv * biases + h * h, h * biases),
+        "mlp": (h * first + first * biases + f * h, h * biases),
+        "layernorms": (0, 2 * norm_parameters(model)),
     }

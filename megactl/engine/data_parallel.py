@@ -21,7 +21,10 @@ from megactl.engine.mesh import Axis
 
 
 class GradientReducer:
-    """Launches the reduction of each bucket of one model part as soon as its gradients are complete."""
+    """Launches the reduction of each bucket of one model part as soon as its gradients are complete. See `ShardedReducer` for ZeRO 2."""
+
+    # The buckets hold the sum over micro-batches: the first backward of a step overwrites, later ones add.
+    accumulates = True
 
     def __init__(self, model: nn.Module, flat: FlatParameters, replicas: Axis, *, zero: int, overlap: bool) -> None:
         self.flat, self.replicas, self.zero = flat, replicas, zero
@@ -53,6 +56,9 @@ class GradientReducer:
     def defer_to(self, queue: WeightQueue | None) -> None:
         """Say where the next backward puts its weight gradients off to; None: it computes them."""
         self._deferred = queue
+
+    def end_micro_batch(self) -> None:
+        """Nothing: the last weight gradients of a step alone are reduced."""
 
     def flush(self) -> None:
         """Launch what is left; every gradient of this part is now complete."""

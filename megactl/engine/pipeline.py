@@ -1,7 +1,8 @@
 """The executor: walks the action list of this rank. Which order that is, the list alone decides (megactl.schedules).
 
 F         forward of one micro-batch on one stage; its tensors live under (stage, micro-batch) until the backward
-B         backward; the first of a step overwrites the gradient buffer, the last one lets buckets be reduced on the way
+B         backward; the first of a step overwrites the gradient buffer, the last one lets buckets be reduced on the way (from ZeRO 2
+          on each overwrites and reduces: megactl.engine.sharded_gradients)
 I, W      backward in two parts: I makes the input gradient and puts the weight gradients on a queue, W computes them
 Exchange  posted as one batch and not waited for: a receive is waited for by the action that consumes it, a send when
           its exchange is two exchanges old (its tensor must live that long) or at the end. Between two stages of this rank
@@ -132,7 +133,7 @@ class _Step:
 
     def _micro_batch(self, part: Part, m: int) -> MicroBatch:
         batch = self.inputs.batches[m]
-        accumulate = self.trains and m != self.schedule.first_backward(part.virtual_stage)
+        accumulate = self.trains and part.reducer.accumulates and m != self.schedule.first_backward(part.virtual_stage)
         return MicroBatch(
             self.inputs.rng[m], batch.position_ids, self._mask(part.virtual_stage, m), accumulate, self.inputs.dropout, batch.token_types,
             WeightQueue() if (part.virtual_stage, m) in self.split else None, rows=batch.rows,
@@ -155,7 +156,10 @@ class _Step:
             self.deferred[stage, m] = live.deferred
         elif m == self.schedule.last_backward(stage):
             reducer.arm()
-        torch.autograd.backward(live.output, gradient.to(live.dtype))
+        with self.parts[stage].backward():
+            torch.autograd.backward(live.output, gradient.to(live.dtype))
+        if live.deferred is None:
+            reducer.end_micro_batch()
         if stage > 0:
             self._hand_over(action, live.x.grad)
 
@@ -164,6 +168,7 @@ class _Step:
         if m == self.schedule.last_backward(stage):
             self.parts[stage].reducer.arm()
         self.deferred.pop((stage, m)).run()
+        self.parts[stage].reducer.end_micro_batch()
 
     def _hand_over(self, action: Action, tensor: Tensor) -> None:
         """Keep a result for the exchange that sends it, or for the next stage where that is on this rank."""

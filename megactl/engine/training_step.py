@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from megactl.config.schema import Run
-from megactl.engine.collectives import all_gather, all_reduce
+from megactl.engine.collectives import all_reduce
 from megactl.engine.context_parallel import SequenceShard
 from megactl.engine.data.batch import Batch
-from megactl.engine.flat import ParameterSpec
+from megactl.engine.flat import ParameterSpec, by_name
 from megactl.engine.loss_scale import LossScale
 from megactl.engine.mesh import Mesh, stage_ranks
 from megactl.engine.optimizer import clip_factor
@@ -89,6 +89,7 @@ class TrainingStep:
         sums, counts = self.executor.run(self._schedule(self.run.parallel.schedule, count), inputs)
         for part in self.parts:
             part.reducer.wait()
+            part.release_weights()
         reduce_tied([part.optimizer for part in self.parts], self.mesh.embedding)
         totals = self._totals(sums, counts, stop)
         return self._update(totals, global_batch_size)
@@ -183,39 +184,11 @@ class TrainingStep:
 
     def gradients(self) -> dict[str, tuple[ParameterSpec, Tensor]]:
         """The last step's gradients before clipping, padding rows left out; collective over the replicas under ZeRO."""
-        found = {}
-        for part in self.parts:
-            grads = part.flat.grads.clone()
-            if part.optimizer.zero:
-                self._gather_shards(part, grads)
-            grads *= self._normaliser.to(grads.dtype)
-            found |= _by_name(part, grads)
-        return found
+        return self._merged(lambda part: part.optimizer.whole("grad") * self._normaliser.to(part.flat.main_dtype))
 
     def weights(self) -> dict[str, tuple[ParameterSpec, Tensor]]:
         """The parameters in the main dtype (the masters where there are any), padding rows left out; collective as `gradients` is."""
-        found = {}
-        for part in self.parts:
-            values = part.flat.params.to(part.flat.grads.dtype, copy=True)
-            if part.optimizer.has_master:
-                for state in part.optimizer.states:
-                    values[state.start : state.stop] = state.master
-                if part.optimizer.zero:
-                    self._gather_shards(part, values)
-            found |= _by_name(part, values)
-        return found
+        return self._merged(lambda part: part.optimizer.whole("master"))
 
-    def _gather_shards(self, part: Part, buffer: Tensor) -> None:
-        if self.mesh.replicas.size == 1:
-            return
-        for state in part.optimizer.states:
-            whole = buffer[state.bucket.start : state.bucket.stop]
-            all_gather(whole, buffer[state.start : state.stop].clone(), self.mesh.replicas.group)
-
-
-def _by_name(part: Part, buffer: Tensor) -> dict[str, tuple[ParameterSpec, Tensor]]:
-    found = {}
-    for placement in part.flat.placements:
-        held = tuple(slice(0, n) for n in placement.spec.held_shape)
-        found[placement.spec.name] = placement.spec, part.flat.view(buffer, placement)[held]
-    return found
+    def _merged(self, values: Callable[[Part], Tensor]) -> dict[str, tuple[ParameterSpec, Tensor]]:
+        return {name: found for part in self.parts for name, found in by_name(part.flat, values(part)).items()}

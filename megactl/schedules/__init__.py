@@ -23,6 +23,7 @@ from megactl.schedules.generators import (
     max_live_microbatches,
     max_live_on_rank,
     num_chunks,
+    peak_live,
     placement,
 )
 from megactl.schedules.lowering import lower
@@ -55,6 +56,7 @@ __all__ = [
     "max_live_microbatches",
     "max_live_on_rank",
     "num_chunks",
+    "peak_live",
     "placement",
     "simulate",
     "text_view",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import Kind, Order, Schedule, build
+from megactl.schedules.actions import WEIGHT_GRADIENT, Kind, Order, Schedule, build
 from megactl.schedules.interleaved import interleaved_max_live, interleaved_order, interleaved_rank_live
 from megactl.schedules.zero_bubble import (
     handcrafted_max_live,
@@ -158,6 +158,27 @@ def max_live_microbatches(name: str, *, stage: int, num_ranks: int, num_microbat
 def max_live_on_rank(name: str, *, rank: int, num_ranks: int, num_microbatches: int, chunks: int | None = None) -> int:
     """The published bound on micro-batches that all virtual stages of a rank hold at once, each counted once a stage."""
     return _lookup(name).rank_live(rank, num_ranks, num_microbatches, num_chunks(name) if chunks is None else chunks)
+
+
+def peak_live(
+    name: str, kept: Mapping[int, int], *, rank: int, num_ranks: int, num_microbatches: int, chunks: int | None = None
+) -> tuple[int, dict[int, int]]:
+    """The fullest moment of a rank, where each live micro-batch of virtual stage s keeps `kept[s]`: that sum, and the live ones a stage.
+
+    A micro-batch is live from its F to its B or W. The order itself is walked, since the stages of a rank are not full at the
+    same time, and need not be equally large.
+    """
+    live, held, peak, at_peak = dict.fromkeys(kept, 0), 0, 0, dict.fromkeys(kept, 0)
+    for kind, stage, _ in _lookup(name).order(rank, num_ranks, num_microbatches, num_chunks(name) if chunks is None else chunks):
+        if kind is Kind.F:
+            live[stage] += 1
+            held += kept[stage]
+            if held > peak:
+                peak, at_peak = held, dict(live)
+        elif kind in WEIGHT_GRADIENT:
+            live[stage] -= 1
+            held -= kept[stage]
+    return peak, at_peak
 
 
 def _lookup(name: str) -> Generator:

@@ -175,7 +175,7 @@ def test_models_move_between_layouts(tmp_path, kit, name, saved, loaded):
             state.exp_avg.copy_(state.param), state.exp_avg_sq.copy_(state.param.square())
         load(path, pieces_to_load([part]))
         assert all(torch.equal(one, other) for one, other in zip(states_of(part), states_of(expected), strict=True))
-        names |= set(part.flat.by_name)
+        names |= part.flat.names
     with torch.device("meta"):
         whole = MODELS[model.architecture](model)
     assert names == {whole.canonical_name(own) for own, _ in whole.named_parameters()} == {piece.name for piece in pieces}

@@ -102,7 +102,7 @@ def test_beside_the_study():
 
     document = bench_recompute._document(
         [
-            Measured(("bert-345m", "2", "2", "study", "512", strategy), (ms, ms, ms), 1000.0, 7.0)
+            Measured(("bert-345m", "2", "2", "study", "512", strategy), (ms, ms, ms), 1000.0, 7.0, 4, "cpu")
             for strategy, ms in (("baseline", 20.0), ("full", 26.0))
         ],
         {"iterations": 3, "layers": None, "hidden": None},

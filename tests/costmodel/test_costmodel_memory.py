@@ -160,6 +160,49 @@ def test_stages_hold_what_their_schedule_holds() -> None:
     assert estimate_memory(model, layout) == max(alternating, key=lambda e: e.total)
 
 
+def test_interleaving_holds_more() -> None:
+    """L (1 + (p-1)/(p v)) layers on the first rank (Korthikanti et al. 2022, section 4.2.3), beside L under 1F1B."""
+    model, pp, layers = replace(TINY, num_layers=32), 4, 32
+    layout = replace(ONE, pipeline_parallel=pp, num_microbatches=16)
+    one_layer, sent = layer_activations(model, layout), 4 * 32 * 3 * 64
+    for vpp in (1, 2, 4, 8):
+        first = estimate_stage(model, replace(layout, virtual_pipeline=vpp), 0)
+        stages = pp * vpp
+        live = pp if vpp == 1 else stages + pp - 1
+        assert first.live_microbatches == live
+        assert first.activations == live * (layers // stages * one_layer + sent)
+        if vpp > 1:
+            assert live * layers // stages == pytest.approx(layers * (1 + (pp - 1) / (pp * vpp)))
+
+
+def test_zero_bubble_memory() -> None:
+    """ZB-H1 and ZB-V hold what 1F1B's first rank holds, on every rank; ZB-H2 about twice that."""
+    model, layout = replace(TINY, num_layers=32), replace(ONE, pipeline_parallel=4, num_microbatches=16)
+    plain = estimate_stages(model, layout)[0]
+    assert [e.live_microbatches for e in estimate_stages(model, replace(layout, schedule="zb-h1"))] == [4] * 4
+    assert [e.live_microbatches for e in estimate_stages(model, replace(layout, schedule="zb-h2"))] == [7] * 4
+    folded = estimate_stages(model, replace(layout, schedule="zb-v"))
+    assert [e.live_microbatches for e in folded] == [8] * 4
+    one_layer, sent = layer_activations(model, layout), 4 * 32 * 3 * 64
+    assert plain.activations == 4 * (8 * one_layer + sent)
+    # The same layers; half stages send their output on twice as often.
+    assert folded[1].activations == 8 * (4 * one_layer + sent)
+    assert [bool(e.logits) for e in folded] == [True, False, False, False]
+
+
+def test_uneven_stages() -> None:
+    model, layout = replace(TINY, num_layers=8), replace(ONE, pipeline_parallel=4, num_microbatches=6)
+    even, uneven = estimate_stages(model, layout), estimate_stages(model, replace(layout, split="1,3,3,1"))
+    one_layer = layer_activations(model, layout)
+    differences = [u.activations - e.activations for u, e in zip(uneven, even, strict=True)]
+    assert differences == [-4 * one_layer, 3 * one_layer, 2 * one_layer, -one_layer]
+    assert [e.parameters for e in uneven] == list(rank_parameters(model, tp=1, pp=4, split="1,3,3,1"))
+    # The fullest moment of interleaved stages depends on which of them are large.
+    first = estimate_stage(model, replace(layout, pipeline_parallel=2, virtual_pipeline=2, split="4,1,1,2"), 0)
+    other = estimate_stage(model, replace(layout, pipeline_parallel=2, virtual_pipeline=2, split="1,1,4,2"), 0)
+    assert first.parameters == other.parameters and first.activations > other.activations
+
+
 def test_total_is_state_plus_the_worse_of_loss_and_layer() -> None:
     estimate = estimate_memory(TINY, ONE)
     assert estimate.total == estimate.model_state + estimate.activations + max(estimate.logits, estimate.transient)

@@ -129,6 +129,63 @@ def test_layers_are_split_evenly_or_refused() -> None:
         split_layers(4, 8)
 
 
+def counts(num_layers: int, num_stages: int, split: str) -> list[int]:
+    stages = split_layers(num_layers, num_stages, split)
+    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+    return [len(stage) for stage in stages]
+
+
+def test_layers_are_split_as_told() -> None:
+    assert counts(24, 4, "5,7,7,5") == [5, 7, 7, 5]
+    assert counts(24, 4, " 5, 7 ,7,5") == [5, 7, 7, 5]
+    assert counts(22, 4, "embedding,head") == [5, 6, 6, 5]
+    assert counts(23, 4, "embedding") == [5, 6, 6, 6]
+    assert counts(23, 4, "head") == [6, 6, 6, 5]
+    # What is left goes to late stages, which hold few micro-batches, but not to the last one, which has the logits.
+    assert counts(24, 4, "embedding,head") == [5, 7, 7, 5]
+    assert counts(25, 4, "embedding,head") == [6, 7, 7, 5]
+    assert counts(24, 4, "head") == [6, 6, 7, 5]
+    # The embedding and the head are work enough for a stage; in between one without layers would do nothing.
+    assert counts(4, 4, "embedding,head") == [0, 2, 2, 0]
+    assert counts(4, 4, "0,2,2,0") == [0, 2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("2,0,1,1", "leaves stage 1 without layers.*such as --pp-split 1,1,1,1"),
+        ("1,1,1", "has 3 numbers for 4 stages.*such as --pp-split 1,1,1,1"),
+        ("1,1,1,2", "has 5 layers, and the model has 4"),
+        ("1,1,2,-0", "must be numbers of layers, or embedding, head or both"),
+        ("embedding,embedding", "must be numbers of layers"),
+        ("embedding,4", "must be numbers of layers"),
+        ("", "must be numbers of layers"),
+    ],
+)
+def test_splits_that_do_not_fit(split: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        split_layers(4, 4, split)
+
+
+def test_a_model_too_small_for_its_stages() -> None:
+    with pytest.raises(ConfigError, match="use fewer stages than the 1 layers"):
+        split_layers(1, 4, "embedding,head")
+    with pytest.raises(ConfigError, match="such as --pp-split 0,1,1,0"):
+        split_layers(2, 4, "1,0,0,1")
+
+
+@pytest.mark.parametrize(("schedule", "vpp"), [("1f1b", 2), ("1f1b", 4), ("zb-v", 1)])
+def test_a_rank_holds_all_its_virtual_stages(schedule: str, vpp: int) -> None:
+    model = Model(num_layers=32, hidden_size=64, num_heads=8, vocab_size=500, max_positions=10)
+    num_stages = 4 * (2 if schedule == "zb-v" else vpp)
+    stages = [sum(stage_parts(model, tp=2, num_stages=num_stages, stage=stage).values()) for stage in range(num_stages)]
+    held = rank_parameters(model, tp=2, pp=4, schedule=schedule, virtual_pipeline=vpp)
+    assert sum(held) == sum(stages)
+    # The V brings the last stage, with the head, back to the first rank.
+    expected = stages[0] + stages[-1] if schedule == "zb-v" else sum(stages[::4])
+    assert held[0] == expected and held[0] != held[3]
+
+
 def test_what_is_not_known_or_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="vocab_size: is not known"):
         total_parameters(Model(), seq_length=8)

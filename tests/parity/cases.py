@@ -38,8 +38,9 @@ class Case:
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
     gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
     loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
-    `steps`: how many, with the rates in turn. `vpp`: stages a rank, of one layer or more; `scatter`: scatter-gather.
-    `layers`: None for as many as show everything in the layout.
+    `steps`: how many, with the rates in turn. `threshold`, `prefetch`, `split_layers`, `tile`: of ZeRO 3. `vpp`: stages a rank, of one
+    layer or more; `scatter`: scatter-gather. `layers`: None for as many as show everything in the layout. `positions` to `bias`: what
+    Llama-shaped models have otherwise.
     """
 
     tp: int = 1
@@ -67,6 +68,10 @@ class Case:
     scale: float | None = None
     window: int = 1000
     steps: int = len(RATES)
+    threshold: int = 0
+    prefetch: int = 1
+    split_layers: bool = False
+    tile: int = 1
     vpp: int = 1
     scatter: bool = True
     recompute: str = "none"
@@ -75,6 +80,11 @@ class Case:
     partition: bool = False
     offload: str | None = None
     layers: int | None = None
+    positions: str = "learned"
+    normalization: str = "layernorm"
+    activation: str = "gelu"
+    kv_heads: int | None = None
+    bias: bool = True
     cp: int = 1
     cp_method: str = "ring"
 
@@ -101,7 +111,9 @@ class Case:
             model=self._model(),
             parallel=Parallel(
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
-                bucket_size=self.bucket, overlap_grad_reduce=self.overlap, virtual_pipeline=self.vpp, scatter_gather=self.scatter,
+                bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self._threshold(),
+                zero_prefetch=self.prefetch, split_layers=self.split_layers, tile=self.tile, virtual_pipeline=self.vpp,
+                scatter_gather=self.scatter,
                 context_parallel=self.cp, context_method=self.cp_method,
             ),
             training=Training(
@@ -119,6 +131,10 @@ class Case:
                 reset_attention_mask=self.documents == "reset",
             ),
         )  # fmt: skip
+
+    def _threshold(self) -> int:
+        # The models here are so small that the usual threshold would leave nothing to share.
+        return self.threshold if self.zero == 3 or self.threshold else Parallel().persistence_threshold
 
     def _loss_scale(self) -> dict[str, float]:
         if self.scale is None:
@@ -143,7 +159,8 @@ class Case:
             num_layers=self.layers or layers, hidden_size=32, num_heads=8, ffn_size=64, vocab_size=VOCAB_SIZE, max_positions=SEQ_LENGTH,
             untie_embeddings=not self.tied, hidden_dropout=self.dropout, attention_dropout=self.dropout, init_std=0.2,
             gelu=self.gelu, attention=self.attention, architecture=self.model, norm_position=self.norm,
-            sentence_head=self.sentence if self.model == "bert" else None,
+            sentence_head=self.sentence if self.model == "bert" else None, position_embedding=self.positions,
+            normalization=self.normalization, activation=self.activation, kv_heads=self.kv_heads, bias=self.bias,
         )  # fmt: skip
 
 

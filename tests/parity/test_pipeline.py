@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
 from unittest import mock
 
 import pytest
 
-from megactl.engine import training_step
-from megactl.schedules import Kind, Schedule, build, generate
-from parity.cases import Case
+from megactl.engine import pipeline, training_step
+from megactl.engine.collectives import exchange
+from megactl.engine.trace import Recorder, Span
+from megactl.schedules import Kind, Schedule, build, generate, simulate
+from megactl.schedules.simulation import needs_of, results_of
+from parity.cases import Case, with_settings
 from parity.comparison import differing_bits
 from parity.harness import Parity
-from parity.jobs import RankResult, train
+from parity.jobs import RankResult, source, train
 from parity.pool import Pools, Worker
 
 TOLERANCE = 1e-9
+
+
+def train_and_count(worker: Worker, case: Case, corpus) -> tuple[RankResult, int]:
+    """What the rank did, and the bytes that it sent to other stages."""
+    sent = 0
+
+    def counting(sends, receives, group):
+        nonlocal sent
+        sent += sum(tensor.nbytes for tensor, _ in sends)
+        assert all(tensor.is_contiguous() for tensor, _ in (*sends, *receives))
+        return exchange(sends, receives, group)
+
+    with mock.patch.object(pipeline, "exchange", counting):
+        return train(worker, case.run(), corpus, case.plan()), sent
+
+
+def trace(worker: Worker, case: Case, corpus) -> list[Span]:
+    """When each computation of a step ran on this rank."""
+    run = case.run()
+    mesh = worker.mesh(run.parallel)
+    engine, batches = training_step.TrainingStep(run, mesh), source(run, corpus, mesh)
+    engine.executor.recorder = Recorder(mesh.pp.rank, mesh.device)
+    engine.step(1, partial(batches, 0), global_batch_size=run.training.global_batch_size, learning_rate=0.01)
+    return engine.executor.recorder.spans()
 
 
 def show(case: Case) -> str:
@@ -81,3 +110,71 @@ STAGES = [
 @pytest.mark.parametrize("case", STAGES, ids=show)
 def test_schedules_equal_one_process(parity: Parity, case: Case):
     assert not parity.deviations(case, TOLERANCE)
+
+
+@pytest.mark.parametrize("case", [case for case in STAGES if case.tied and case.dp == 1], ids=show)
+def test_tied_copies_are_equal_bit_for_bit(parity: Parity, case: Case):
+    """On two ranks, or, under the V, in two stages of one."""
+    name, results = "embedding.tokens.weight", parity.engine(case)
+    held = [result.weights[name] for result in results if name in result.weights]
+    assert len(held) == case.tp * (1 if case.schedule == "zb-v" else 2)
+    for piece in held:
+        assert piece.values.tobytes() == next(p for p in held if p.rectangle == piece.rectangle).values.tobytes()
+    assert all(result.facts["copies_differ"] == 0 for result in results)
+
+
+SCATTERED = [
+    Case(tp=2, pp=2, micro_batches=3, dropout=0.1),
+    Case(tp=2, pp=2, vpp=2, micro_batches=2, model="bert"),
+    Case(tp=2, pp=2, schedule="zb-v", micro_batches=2, precision="bf16"),
+]
+
+
+@pytest.mark.parametrize("case", SCATTERED, ids=show)
+def test_scatter_gather_sends_a_share_and_changes_no_bit(parity: Parity, pools: Pools, case: Case):
+    found = [pools.run(4, train_and_count, with_settings(case, scatter=on), parity.corpus(case)) for on in (True, False)]
+    (shares, sent), (whole, sent_whole) = (zip(*ranks, strict=True) for ranks in found)
+    assert differing_bits(shares, whole) == []
+    assert all(sent) and [2 * count for count in sent] == list(sent_whole)
+
+
+def test_without_tensor_parallelism_there_is_nothing_to_scatter(parity: Parity, pools: Pools):
+    case = Case(pp=2, micro_batches=2)
+    sent = [
+        [count for _, count in pools.run(2, train_and_count, with_settings(case, scatter=on), parity.corpus(case))] for on in (True, False)
+    ]
+    run = case.run()
+    hidden = run.training.micro_batch_size * run.training.seq_length * run.model.hidden_size * 8
+    # Three steps of two micro-batches, and from the first stage an evaluation.
+    assert sent[0] == sent[1] == [8 * hidden, 6 * hidden]
+
+
+TRACED = [
+    (Case(pp=4, micro_batches=8), 3 / 8),
+    (Case(pp=4, vpp=2, micro_batches=8), 3 / (2 * 8)),
+    (Case(pp=2, vpp=2, micro_batches=4), 1 / (2 * 4)),
+    # (p - 1)(F + I - W) of m (F + I + W), with F = I = W.
+    (Case(pp=4, schedule="zb-h1", micro_batches=8), 3 / (3 * 8)),
+    (Case(pp=4, schedule="zb-h2", micro_batches=8), 0.0),
+    (Case(pp=4, schedule="zb-v", micro_batches=8), 0.0),
+]
+
+
+@pytest.mark.parametrize(("case", "bubble"), TRACED, ids=lambda value: value.name if isinstance(value, Case) else "")
+def test_the_bubble_of_what_was_executed_is_the_published_one(parity: Parity, pools: Pools, case: Case, bubble: float):
+    """Counted in slots: the computations in the order in which the ranks ran them, each as soon as its inputs were there."""
+    spans = pools.run(case.world_size, trace, case, parity.corpus(case))
+    orders = [[(a.kind, a.virtual_stage, a.microbatch) for _, a, _, _ in row] for row in spans]
+    stages = training_step.stage_ranks(case.run().parallel)
+    executed = build("executed", orders, num_microbatches=case.micro_batches, stage_to_rank=stages)
+    rows = simulate(executed, forward=1.0, backward=2.0).spans
+    # Slots without work between a rank's first and last computation: the next step may begin where this one has ended.
+    busy = [sum(span.end - span.start for span in row) for row in rows]
+    idle = [row[-1].end - row[0].start - slots for row, slots in zip(rows, busy, strict=True)]
+    assert max(idle) / max(busy) == pytest.approx(bubble, abs=1e-12)
+    # The clock is one for all processes of a host: nothing began before what it reads was there.
+    ended = {made: end for row in spans for _, action, _, end in row for made in results_of(action)}
+    for row in spans:
+        assert all(before[3] <= after[2] for before, after in pairwise(row))
+        for _, action, start, _ in row:
+            assert all(ended[need] <= start for need in needs_of(action, len(stages)))

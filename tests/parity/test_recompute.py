@@ -36,6 +36,11 @@ CASES = [
     Case(**OFFLOAD, pp=2, dp=2, zero=1, micro_batches=4, dropout=0.1, layers=8),
     Case(**OFFLOAD, pp=2, micro_batches=4, schedule="gpipe", layers=6, ramp=True),
     Case(**OFFLOAD, recompute_method="block", recompute_layers=2, layers=3, model="bert", norm="post"),
+    Case(**FULL, recompute_layers=2, layers=3, dp=2, zero=3, micro_batches=3, dropout=0.1),
+    Case(**FULL, dp=2, zero=3, split_layers=True, prefetch=2, model="bert", norm="post", micro_batches=2),
+    Case(**FULL, dp=2, zero=3, tp=2, tile=2, micro_batches=2, dropout=0.1),
+    Case(**OFFLOAD, dp=2, zero=2, pp=2, layers=6, recompute_layers=2, micro_batches=3, dropout=0.1),
+    Case(**SELECTIVE, dp=2, zero=3, micro_batches=2, dropout=0.1),
     Case(**PARTITION, offload="activations", tp=2, pp=2, micro_batches=3, layers=6, dropout=0.1, overflow=True),
 ]
 

@@ -44,13 +44,15 @@ class Cell:
 class Measured:
     """What a cell took: milliseconds of each timed iteration (the slowest rank's), and the largest peak of allocated MiB over the ranks.
 
-    `peak_mib` is None on CPUs, whose allocations torch does not count. `loss` is the last iteration's.
+    `peak_mib` is None on CPUs, whose allocations torch does not count. `loss` is the last iteration's. `device`: the GPU's name, or cpu.
     """
 
     key: tuple[str, ...]
     milliseconds: tuple[float, ...]
     peak_mib: float | None
     loss: float
+    world_size: int
+    device: str
 
     @property
     def median_ms(self) -> float:
@@ -79,7 +81,7 @@ def read_rows(run_dir: Path) -> list[Measured]:
     except FileNotFoundError:
         return []
     found = [json.loads(line) for line in lines]
-    return [Measured(tuple(row["key"]), tuple(row["milliseconds"]), row["peak_mib"], row["loss"]) for row in found]
+    return [Measured(**{**row, "key": tuple(row["key"]), "milliseconds": tuple(row["milliseconds"])}) for row in found]
 
 
 def _mesh_of(run: Run, device: torch.device, meshes: dict[tuple, Mesh]) -> Mesh:
@@ -102,6 +104,7 @@ def _time(cell: Cell, iterations: int, mesh: Mesh, context: RankContext) -> Meas
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     loss, milliseconds = _steps(cell.resolved, iterations, mesh, context)
+    name = torch.cuda.get_device_name(device) if is_cuda else "cpu"
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if is_cuda else None
     gc.collect()
     if is_cuda:
@@ -109,10 +112,10 @@ def _time(cell: Cell, iterations: int, mesh: Mesh, context: RankContext) -> Meas
     group = checkpoint.ProcessGroup(mesh.objects) if mesh.world_size > 1 else checkpoint.SingleProcess()
     gathered = group.gather((milliseconds, peak))
     if gathered is None:
-        return Measured(cell.key, tuple(milliseconds), peak, loss)
+        return Measured(cell.key, tuple(milliseconds), peak, loss, mesh.world_size, name)
     slowest = tuple(max(values) for values in zip(*(times for times, _ in gathered), strict=True))
     peaks = [value for _, value in gathered if value is not None]
-    return Measured(cell.key, slowest, max(peaks) if peaks else None, loss)
+    return Measured(cell.key, slowest, max(peaks) if peaks else None, loss, mesh.world_size, name)
 
 
 def _steps(resolved: Resolved, iterations: int, mesh: Mesh, context: RankContext) -> tuple[float, list[float]]:

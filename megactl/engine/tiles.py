@@ -1,0 +1,115 @@
+"""Tiled linear layers (DeepSpeed's memory-centric tiling): each matrix of a layer as N smaller ones, run one after another.
+
+    column   W cut by outputs: the outputs of the tiles stand beside each other, each with its own bias and GELU
+    row      W cut by inputs:  the outputs of the tiles are added, then the bias once
+
+With ZeRO 3 a tile is a unit of its own, so that no more than one tile (and what is prefetched) is gathered at a time. A tile is a
+rectangle of the whole matrix, by whose name it is known: initial values and checkpoints are those of one linear. Tiling comes after
+tensor parallelism and divides a rank's shard.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from megactl.engine import functional
+from megactl.engine.collectives import all_reduce
+from megactl.engine.mesh import Axis
+from megactl.engine.models.layers import Linear, MicroBatch
+from megactl.engine.models.transformer import Block
+from megactl.engine.tensor_parallel import ColumnParallelLinear, RowParallelLinear, sum_forward
+
+
+class Tile(Linear):
+    """Tile `index` of `count` of a matrix, cut in dimension `dim`: a linear of its own without any communication.
+
+    `split_dim` is that of the whole: a tile lies within the tensor-parallel shard.
+    """
+
+    def __init__(self, whole: nn.Module, index: int, count: int, dim: int) -> None:
+        nn.Module.__init__(self)
+        self.index, self.count, self.initial = index, count, whole.initial
+        self.tile_dim = {"weight": dim} | ({"bias": dim} if dim == 0 else {})
+        self.split_dim = getattr(whole, "split_dim", {})
+        shape = list(whole.weight.shape)
+        shape[dim] //= count
+        self.weight = nn.Parameter(torch.empty(shape, device=whole.weight.device))
+        has_bias = dim == 0 and whole.bias is not None
+        self.bias = nn.Parameter(torch.empty(shape[0], device=whole.weight.device)) if has_bias else None
+
+
+class TiledColumn(nn.Module):
+    """A `Linear` cut by outputs, whole or this rank's shard."""
+
+    def __init__(self, whole: nn.Module, count: int) -> None:
+        super().__init__()
+        self.tp: Axis | None = getattr(whole, "tp", None)
+        self.tiles = nn.ModuleList(Tile(whole, index, count, 0) for index in range(count))
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """x [b, s, in] to [b, s, out], or this rank's outputs."""
+        x = self._entered(x)
+        return torch.cat([tile(x, micro_batch) for tile in self.tiles], -1)
+
+    def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str) -> Tensor:
+        """GELU of `forward`."""
+        x = self._entered(x)
+        return torch.cat([tile.gelu(x, micro_batch, approximate) for tile in self.tiles], -1)
+
+    def _entered(self, x: Tensor) -> Tensor:
+        return x if self.tp is None else _SumBackward.apply(x, self.tp.group)
+
+
+class TiledRow(nn.Module):
+    """A `Linear` cut by inputs, whole or this rank's shard."""
+
+    def __init__(self, whole: nn.Module, count: int) -> None:
+        super().__init__()
+        self.tp: Axis | None = getattr(whole, "tp", None)
+        self.initial, self.bias = whole.initial, whole.bias
+        self.tiles = nn.ModuleList(Tile(whole, index, count, 1) for index in range(count))
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
+        """x [b, s, in], or this rank's inputs, to [b, s, out]; `unread`: see `functional.linear`."""
+        # split, not slices: its backward puts the gradients side by side in one copy.
+        parts = torch.split(x, x.shape[-1] // len(self.tiles), -1)
+        y = self.tiles[0](parts[0], micro_batch, unread=unread)
+        for tile, part in zip(self.tiles[1:], parts[1:], strict=True):
+            y = y + tile(part, micro_batch, unread=unread)
+        y = y if self.tp is None or unread else sum_forward(y, self.tp)
+        return y if self.bias is None else functional.add_bias(y, self.bias, **micro_batch.weight_options())
+
+
+class _SumBackward(Function):
+    """Sum of the gradient over ranks, once for all tiles; forward passes what is the same on every rank."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Of at least two tiles the gradients have been added up, so nobody else holds this sum.
+        all_reduce(grad, ctx.group)
+        return grad, None
+
+
+def apply_tiles(model: nn.Module, count: int) -> None:
+    """Replace each matrix of the layers of `model` by `count` tiles. The weights are not read: they get their values later."""
+    if count == 1:
+        return
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        for name, module in list(block.named_modules()):
+            form = _tiled_form(module)
+            if form is not None:
+                parent, _, leaf = name.rpartition(".")
+                setattr(block.get_submodule(parent), leaf, form(module, count))
+
+
+def _tiled_form(module: nn.Module) -> type[TiledColumn] | type[TiledRow] | None:
+    if isinstance(module, ColumnParallelLinear) or getattr(module, "split", None) == "column":
+        return TiledColumn
+    return TiledRow if isinstance(module, RowParallelLinear) or getattr(module, "split", None) == "row" else None
