@@ -106,7 +106,7 @@ def nearest_layout(run: Run, world_size: int) -> tuple[int, int, int]:
     parallel, model = run.parallel, run.model
     fitting = [
         (tp, cp, pp)
-        for tp in _divisors(model.num_heads, parallel.tensor_parallel)
+        for tp in _divisors(model.key_value_heads, parallel.tensor_parallel)
         for cp in range(1, parallel.context_parallel + 1)
         for pp in _divisors(model.num_layers, parallel.pipeline_parallel)
         if world_size % (tp * cp * pp) == 0

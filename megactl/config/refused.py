@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megactl.config.memory import offload_targets
-from megactl.config.schema import Data, Parallel, Run
+from megactl.config.schema import Data, Model, Parallel, Run
 from megactl.config.shown import Names
 from megactl.errors import Problem
 
@@ -69,6 +69,32 @@ def _loss_scale_rows() -> Iterator[Refusal]:
             "a constant loss scale does not move",
             f"use --loss-scale 0, or leave {flag} out",
         )
+
+
+def _idle_model_setting(name: str, needs: str, applies: Callable[[Model], bool], reason: str, instead: str) -> Refusal:
+    """A setting of the model that nothing would read, because of another one."""
+    field = Model.__dataclass_fields__[name]
+    flag = field.metadata["flags"][0]
+    return Refusal(
+        (f"model.{name}", f"model.{needs}"),
+        lambda run: applies(run.model) and getattr(run.model, name) != field.default,
+        reason,
+        f"use {instead}, or leave {flag} out",
+    )
+
+
+def _architecture_rows() -> Iterator[Refusal]:
+    """Settings that belong to one kind of positions or of MLP."""
+    learned, unscaled = "learned positions turn nothing", "without a factor no wavelength is stretched"
+    for name in ("rope_base", "rotary_percent", "rope_scaling_factor"):
+        yield _idle_model_setting(
+            name, "position_embedding", lambda model: model.position_embedding != "rope", learned, "--position-embedding rope"
+        )
+    for name in ("rope_original_positions", "rope_low_frequency", "rope_high_frequency"):
+        yield _idle_model_setting(
+            name, "rope_scaling_factor", lambda model: model.rope_scaling_factor == 1.0, unscaled, "--rope-scaling-factor 8"
+        )
+    yield _idle_model_setting("gelu", "activation", lambda model: model.activation == "swiglu", "SwiGLU has no GELU", "--activation gelu")
 
 
 def _offloaded(run: Run) -> frozenset[str]:
@@ -210,6 +236,7 @@ REFUSED: tuple[Refusal, ...] = (
         "only BERT is trained on sentence pairs",
         "use --model bert, or leave --sentence-head out",
     ),
+    *_architecture_rows(),
     Refusal(
         ("checkpoint.load", "checkpoint.resume"),
         lambda run: run.checkpoint.load is not None and run.checkpoint.resume == "must",

@@ -34,31 +34,92 @@ class Model:
     num_layers: int = setting(12, "transformer layers", flags=("--layers", "--num-layers"))
     hidden_size: int = setting(768, "width of the residual stream", flags=("--hidden", "--hidden-size"))
     num_heads: int = setting(12, "attention heads", flags=("--heads", "--num-attention-heads"))
-    ffn_size: int | None = setting(None, "width of the MLP (default 4 x hidden)", flags=("--ffn", "--ffn-hidden-size"))
+    kv_heads: int | None = setting(
+        None, "heads of keys and values, each shared by a group of attention heads (default: as many as attention heads)",
+        flags=("--kv-heads", "--num-query-groups", "--num-key-value-heads"),
+    )  # fmt: skip
+    ffn_size: int | None = setting(
+        None, "width of the MLP (default 4 x hidden; with swiglu two thirds of it)",
+        flags=("--ffn", "--ffn-hidden-size", "--intermediate-size"),
+    )  # fmt: skip
     vocab_size: int | None = setting(
         None, "tokens in the vocabulary, before padding (default: the tokenizer's)", flags=("--vocab", "--vocab-size")
     )
     max_positions: int | None = setting(
-        None, "learned positions (default: the sequence length)", flags=("--max-positions", "--max-position-embeddings")
+        None, "longest text, and with learned positions their number (default: the sequence length)",
+        flags=("--max-positions", "--max-position-embeddings"),
+    )  # fmt: skip
+    position_embedding: str = setting(
+        "learned", "a learned vector a position, added to the token's; or rope: queries and keys turned by angles in step with it",
+        flags=("--position-embedding", "--position-embedding-type"), choices=("learned", "rope"),
+    )  # fmt: skip
+    rope_base: float = setting(10000.0, "rope: base of the wavelengths", flags=("--rope-base", "--rotary-base", "--rope-theta"))
+    rotary_percent: float = setting(1.0, "rope: share of each head's width that is turned", flags=("--rotary-percent",))
+    rope_scaling_factor: float = setting(
+        1.0, "rope: stretch long wavelengths by this factor, as Llama 3.1 (8) and 3.2 (32) do (1: none)", flags=("--rope-scaling-factor",)
+    )
+    rope_original_positions: int = setting(
+        8192, "rope scaling: positions of the model before it was stretched", flags=("--rope-original-positions",)
+    )
+    rope_low_frequency: float = setting(
+        1.0, "rope scaling: wavelengths that fit fewer times into the original positions are stretched in full",
+        flags=("--rope-low-frequency",),
+    )  # fmt: skip
+    rope_high_frequency: float = setting(
+        4.0, "rope scaling: wavelengths that fit more times into the original positions are left alone", flags=("--rope-high-frequency",)
+    )
+    normalization: str = setting(
+        "layernorm", "LayerNorm, or RMSNorm without mean and bias", flags=("--normalization",), choices=("layernorm", "rmsnorm")
     )
     norm_position: str = setting(
         "pre",
-        "LayerNorm before each branch, and once at the end; or after each residual, as in the first GPT and the published BERT",
+        "norms before each branch, and once at the end; or after each residual, as in the first GPT and the published BERT",
         flags=("--norm-position",),
         choices=("pre", "post"),
     )
     sentence_head: bool | None = setting(
         None, "pooler and head of two classes for sentence pairs (default: on for bert)", flags=("--sentence-head/--no-sentence-head",)
     )
+    activation: str = setting(
+        "gelu", "MLP: GELU between two matrices; or swiglu, SiLU of one matrix times another, then a third",
+        flags=("--activation", "--swiglu"), choices=("gelu", "swiglu"),
+    )  # fmt: skip
     gelu: str = setting("tanh", "GELU: the tanh approximation or the exact erf", flags=("--gelu",), choices=("tanh", "erf"))
+    bias: bool = setting(
+        True, "biases in the matrices of the layers", flags=("--bias/--no-bias", "--add-bias-linear/--disable-bias-linear")
+    )
     untie_embeddings: bool = setting(
         False, "give the output head its own weight", flags=("--untie-embeddings", "--untie-embeddings-and-output-weights")
     )
     hidden_dropout: float = setting(0.0, "dropout on embeddings and on each residual branch", flags=("--hidden-dropout",))
     attention_dropout: float = setting(0.0, "dropout on attention probabilities", flags=("--attention-dropout",))
     init_std: float = setting(0.02, "standard deviation of the initial weights", flags=("--init-std", "--init-method-std"))
-    layernorm_epsilon: float = setting(1e-5, "epsilon inside LayerNorm", flags=("--layernorm-epsilon", "--norm-epsilon"))
+    layernorm_epsilon: float = setting(1e-5, "epsilon inside LayerNorm and RMSNorm", flags=("--layernorm-epsilon", "--norm-epsilon"))
     attention: str = setting("auto", "attention implementation", flags=("--attention",), choices=("auto", "sdpa", "unfused"))
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP between its matrices: as set, or 4 x hidden; SwiGLU, with a matrix more, gets two thirds of that (Shazeer 2020).
+
+        Two thirds are rounded down to a multiple of 64, as Megatron-LM does, so that a cut over ranks leaves whole tiles.
+        """
+        if self.ffn_size is not None:
+            return self.ffn_size
+        if self.activation != "swiglu":
+            return 4 * self.hidden_size
+        return max(64, 8 * self.hidden_size // 3 // 64 * 64)
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values: as set, or one for each attention head."""
+        return self.num_heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Elements of each head that are turned by the position, an even number; 0 with learned positions."""
+        if self.position_embedding != "rope":
+            return 0
+        return int(self.hidden_size // self.num_heads * self.rotary_percent) // 2 * 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,7 +205,10 @@ def _derive_model(run: Run, machine: Machine) -> Iterator[Derived]:
     if machine.eod is not None:
         yield Derived("eod", machine.eod, f"end-of-document token of {machine.vocab_source}")
     if model.ffn_size is None:
-        yield Derived("model.ffn_size", 4 * model.hidden_size, f"4 x hidden {model.hidden_size}")
+        gated = f"2/3 x 4 x hidden {model.hidden_size} for SwiGLU's three matrices, a multiple of 64"
+        yield Derived("model.ffn_size", model.mlp_width, gated if model.activation == "swiglu" else f"4 x hidden {model.hidden_size}")
+    if model.kv_heads is None:
+        yield Derived("model.kv_heads", model.num_heads, f"keys and values of its own for each of the {model.num_heads} heads")
     if model.sentence_head is None and model.architecture == "bert":
         yield Derived("model.sentence_head", True, "BERT is trained on sentence pairs as well")
     if model.max_positions is None:

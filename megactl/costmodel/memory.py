@@ -15,7 +15,9 @@ from dataclasses import dataclass, fields, replace
 from megactl.config.schema import Model
 from megactl.costmodel.parameters import (
     ffn_width,
+    first_matrix_width,
     is_encoder,
+    key_value_width,
     padded_vocab,
     split_layers,
     stage_parts,
@@ -214,7 +216,7 @@ def _stage_layers(model: Model, layout: Layout, num_stages: int) -> list[int]:
 
 
 def _kept(model: Model, layout: Layout, sizes: _Sizes, stage: int, layers: int) -> KeptLayers:
-    """What one virtual stage keeps for a micro-batch: its layers, and what the embedding keeps. What it sends on nobody keeps."""
+    """What one virtual stage keeps for a micro-batch: its layers, what the embedding keeps, and tables. What it sends on nobody keeps."""
     recompute = Recompute(
         layout.recompute,
         layout.recompute_method,
@@ -223,7 +225,8 @@ def _kept(model: Model, layout: Layout, sizes: _Sizes, stage: int, layers: int) 
         on_host="activations" in layout.offload,
     )
     kept = kept_layers(recompute, layers, layer=layer_activations(model, layout), layer_input=sizes.held)
-    return replace(kept, device=kept.device + (_embedding(model, sizes) if stage == 0 else 0))
+    ends = (_embedding(model, sizes) if stage == 0 else 0) + _rotary_tables(model, sizes)
+    return replace(kept, device=kept.device + ends)
 
 
 def _live_state(model: Model, layout: Layout, sizes: _Sizes, parameters: int, held: Sequence[int], last: int) -> int:
@@ -268,16 +271,17 @@ def live_at_peak(layout: Layout, rank: int, kept: Mapping[int, int]) -> LivePeak
 def layer_activations(model: Model, layout: Layout) -> int:
     """Bytes one layer keeps for the backward of one micro-batch on one rank.
 
-    With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus LayerNorm's statistics; under sequence parallelism
-    sbh 32/t. Selective recomputation leaves attention's own tensors out. Of a layer that is computed again as a whole, this is what the
-    second forward keeps.
+    With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus the norms' statistics; under sequence parallelism sbh 32/t.
+    SwiGLU keeps 6f/h in place of GELU's 4f/h; grouped queries keep 2 + 4g/a for q, k, v in place of 6 (g groups). Selective
+    recomputation leaves attention's own tensors out. Of a layer that is computed again as a whole, this is what the second forward keeps.
     """
     sizes = _Sizes.of(model, layout)
-    # Whole on each rank (its share of the tokens under sp), wherever the norms stand: inputs of both LayerNorms, of qkv and of the first
+    # Whole on each rank (its share of the tokens under sp), wherever the norms stand: inputs of both norms, of qkv and of the first
     # MLP matrix.
-    whole = 4 * sizes.held + 2 * 2 * sizes.accumulate * sizes.held_tokens
-    # Split over t: q, k, v, the input of attention's output matrix, GELU's input and output.
-    split = 4 * sizes.hidden // sizes.tensor_parallel + 2 * sizes.mlp
+    statistics = 1 if model.normalization == "rmsnorm" else 2
+    whole = 4 * sizes.held + 2 * statistics * sizes.accumulate * sizes.held_tokens
+    # Split over t: q, k, v, the input of attention's output matrix, the activation's input and output.
+    split = 2 * sizes.hidden // sizes.tensor_parallel + 2 * sizes.keys + sizes.first + sizes.mlp
     if layout.recompute == "selective":
         return whole + split
     if not sizes.unfused:
@@ -293,9 +297,15 @@ def _embedding(model: Model, sizes: _Sizes) -> int:
     return sizes.held + 2 * sizes.accumulate * sizes.held_tokens if is_encoder(model) and model.norm_position == "post" else 0
 
 
+def _rotary_tables(model: Model, sizes: _Sizes) -> int:
+    """Bytes of the cosines and sines of a micro-batch's positions, made once for all layers of the stage."""
+    return 4 * sizes.tokens * model.rotary_width
+
+
 @dataclass(frozen=True)
 class _Sizes:
-    """Recurring sizes on one rank: bytes of hidden states [s, b, h] and of the MLP's [s, b, f/t]; elements of the rest.
+    """Recurring sizes on one rank: bytes of hidden states [s, b, h], of the keys, of the MLP's first product and of its activation
+    [s, b, f/t]; elements of the rest.
 
     held, held_tokens: hidden states between the matrices, and their tokens: under sequence parallelism 1/t of the whole.
     """
@@ -307,6 +317,8 @@ class _Sizes:
     hidden: int
     held_tokens: int
     held: int
+    keys: int
+    first: int
     mlp: int
     scores: int
     score_copies: int
@@ -331,11 +343,13 @@ class _Sizes:
             hidden=precision.element * tokens * model.hidden_size,
             held_tokens=held_tokens,
             held=precision.element * held_tokens * model.hidden_size,
+            keys=precision.element * tokens * key_value_width(model) // t,
+            first=precision.element * tokens * first_matrix_width(model) // t,
             mlp=precision.element * tokens * ffn_width(model) // t,
             scores=model.num_heads * layout.seq_length * tokens // t,
             score_copies=2 if model.attention_dropout > 0 else 1,
             logits=tokens * rows,
-            layer_matrix=model.hidden_size * max(ffn_width(model), 3 * model.hidden_size) // t,
+            layer_matrix=model.hidden_size * max(first_matrix_width(model), model.hidden_size + 2 * key_value_width(model)) // t,
             head_matrix=rows * model.hidden_size,
             # Dropout inside a fused kernel cannot be repeated by another layout, so `auto` does not use one then.
             unfused=model.attention == "unfused" or (model.attention == "auto" and model.attention_dropout > 0),
@@ -366,11 +380,11 @@ def _layer_transient(model: Model, layout: Layout, sizes: _Sizes) -> int:
     gathered before the layer runs again, into a tensor that the layer keeps (it is in `KeptLayers.again`).
     """
     gathered = sizes.hidden if layout.sequence_parallel else 0
-    through_mlp = sizes.mlp + sizes.hidden + sizes.held + gathered + sizes.product(sizes.layer_matrix)
+    through_mlp = sizes.first + sizes.hidden + sizes.held + gathered + sizes.product(sizes.layer_matrix)
     if not sizes.unfused:
         return through_mlp
     # Gradients of the probabilities and of the scores; the MLP's kept tensors of this layer are free again by then. What selective
     # recomputation does not keep is there again.
     again = sizes.score_copies if layout.recompute == "selective" else 0
     attention = (2 + again) * sizes.scores * sizes.element + sizes.hidden
-    return max(through_mlp, attention - 2 * sizes.held - 2 * sizes.mlp)
+    return max(through_mlp, attention - 2 * sizes.held - sizes.first - sizes.mlp)

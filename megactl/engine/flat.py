@@ -168,7 +168,8 @@ def _spec(
     is_copy = name != own_name
     return ParameterSpec(
         name, logical, rectangle, local, module.initial[leaf],
-        decay=parameter.ndim > 1,
+        # SwiGLU's bias has two dimensions.
+        decay=parameter.ndim > 1 and leaf != "bias",
         counted=not is_copy and (split_dim is not None or mesh.tp.rank == 0),
         tied=None in (model.embedding, model.head) and not model.config.untie_embeddings and name == "embedding.tokens.weight",
         is_copy=is_copy, unit=reader[0], readers=(reader,),

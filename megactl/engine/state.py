@@ -33,11 +33,18 @@ def check_fits(path: Path, header: Header, run: Run, *, optimizer: bool) -> None
     Asked before any tensor is read: a list of shapes that do not match would hide the one setting that was forgotten.
     """
     wrong = []
+    free = _FREE_SETTINGS
+    if run.model.position_embedding == "rope":
+        # No weights belong to a position: the same model may go on with longer texts.
+        free += ("max_positions",)
     for field in dataclasses.fields(Model):
         stored, wanted = header.model.get(field.name, field.default), getattr(run.model, field.name)
+        if field.name == "kv_heads" and stored is None:
+            # Written before heads could share keys and values.
+            stored = header.model.get("num_heads")
         # None: a setting of the other architecture, which is named already.
         other_family = field.name == "sentence_head" and None in (stored, wanted)
-        if field.name not in _FREE_SETTINGS and stored != wanted and not other_family:
+        if field.name not in free and stored != wanted and not other_family:
             wrong.append((field.metadata["flags"][0].partition("/")[0], wanted, stored))
     if wrong:
         shown = ", ".join(f"{flag} {wanted} (the checkpoint has {stored})" for flag, wanted, stored in wrong)

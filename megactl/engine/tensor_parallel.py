@@ -4,7 +4,7 @@
     row      W cut by inputs:  y = sum_i x_i W_i^T, then the bias once. Forward sums the output; backward needs nothing.
     vocab    embedding and head cut by vocabulary rows; the cross entropy works on shards and never gathers logits.
 
-A block is column, (heads or GELU on the shard), row: one all-reduce forward and one backward. The backward one runs while
+A block is column, (heads, GELU or SwiGLU on the shard), row: one all-reduce forward and one backward. The backward one runs while
 the weight gradient is computed.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from megactl.engine import functional
+from megactl.engine import functional, functional_llama
 from megactl.engine.collectives import all_reduce
 from megactl.engine.mesh import Axis
 from megactl.engine.models.layers import CoreAttention, Linear, MicroBatch, VocabEmbedding, VocabHead
@@ -51,8 +51,11 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, whole: Linear, tp: Axis) -> None:
         super().__init__()
         self.tp, self.initial = tp, whole.initial
-        self.weight, self.bias = _shard(whole.weight, 0, tp.size), _shard(whole.bias, 0, tp.size)
-        self.split_dim = {"weight": 0, "bias": 0}
+        # Of SwiGLU's [2, out, in] each rank takes the same outputs of both.
+        outputs = whole.weight.ndim - 2
+        self.weight = _shard(whole.weight, outputs, tp.size)
+        self.bias = None if whole.bias is None else _shard(whole.bias, outputs, tp.size)
+        self.split_dim = {"weight": outputs, "bias": outputs}
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, in], the same on every rank, to [b, s, out / tp]."""
@@ -60,9 +63,17 @@ class ColumnParallelLinear(nn.Module):
 
     def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str) -> Tensor:
         """This rank's part of `Linear.gelu`."""
+        if self.bias is None:
+            return functional_llama.linear_plain_gelu(
+                x, self.weight, approximate, start_reduce=self._start_reduce, **micro_batch.weight_options()
+            )
         return functional.linear_gelu(
             x, self.weight, self.bias, approximate, start_reduce=self._start_reduce, **micro_batch.weight_options()
         )
+
+    def swiglu(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """This rank's part of `Linear.swiglu`."""
+        return functional_llama.linear_swiglu(x, self.weight, self.bias, start_reduce=self._start_reduce, **micro_batch.weight_options())
 
     def _start_reduce(self, grad: Tensor) -> functional.Handle | None:
         return all_reduce(grad, self.tp.group, async_op=True)
@@ -81,7 +92,7 @@ class RowParallelLinear(nn.Module):
         """x [b, s, in / tp] to [b, s, out], the same on every rank; `unread` (see `functional.linear`) spares the sum as well."""
         y = functional.linear(x, self.weight, **micro_batch.weight_options(), unread=unread)
         y = y if unread else sum_forward(y, self.tp)
-        return functional.add_bias(y, self.bias, **micro_batch.weight_options())
+        return y if self.bias is None else functional.add_bias(y, self.bias, **micro_batch.weight_options())
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -39,7 +39,8 @@ class Case:
     gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
     loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
     `steps`: how many, with the rates in turn. `threshold`, `prefetch`, `split_layers`, `tile`: of ZeRO 3. `vpp`: stages a rank, of one
-    layer or more; `scatter`: scatter-gather. `layers`: None for as many as show everything in the layout.
+    layer or more; `scatter`: scatter-gather. `layers`: None for as many as show everything in the layout. `positions` to `bias`: what
+    Llama-shaped models have otherwise.
     """
 
     tp: int = 1
@@ -79,6 +80,11 @@ class Case:
     partition: bool = False
     offload: str | None = None
     layers: int | None = None
+    positions: str = "learned"
+    normalization: str = "layernorm"
+    activation: str = "gelu"
+    kv_heads: int | None = None
+    bias: bool = True
 
     @property
     def world_size(self) -> int:
@@ -150,7 +156,8 @@ class Case:
             num_layers=self.layers or layers, hidden_size=32, num_heads=8, ffn_size=64, vocab_size=VOCAB_SIZE, max_positions=SEQ_LENGTH,
             untie_embeddings=not self.tied, hidden_dropout=self.dropout, attention_dropout=self.dropout, init_std=0.2,
             gelu=self.gelu, attention=self.attention, architecture=self.model, norm_position=self.norm,
-            sentence_head=self.sentence if self.model == "bert" else None,
+            sentence_head=self.sentence if self.model == "bert" else None, position_embedding=self.positions,
+            normalization=self.normalization, activation=self.activation, kv_heads=self.kv_heads, bias=self.bias,
         )  # fmt: skip
 
 

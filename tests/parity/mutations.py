@@ -3,60 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from dataclasses import replace
 from unittest import mock
 
 from torch import Tensor, zeros_like
 
 from megactl.engine import (
-    boundary,
     data_parallel,
     flat,
     functional,
-    gather,
     loss_scale,
     parallelize,
     pipeline,
-    sharded_gradients,
     tensor_parallel,
-    tiles,
     training_step,
-    transient,
     zero,
 )
 from megactl.engine.collectives import all_reduce
 from megactl.engine.models import transformer
 from megactl.engine.models.layers import Linear
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """A fault; the layout (tp, pp, dp) that suffers from it; what the deviation is called; other settings the case needs."""
-
-    fault: Callable[[], AbstractContextManager]
-    layout: tuple[int, int, int]
-    seen_as: str
-    settings: dict[str, object] = field(default_factory=dict)
-
-
-def _patched(owner: object, name: str, make: Callable) -> Callable[[], AbstractContextManager]:
-    """A fault that replaces `owner.name` by make(original). The name must exist: a fault that no longer applies must not pass."""
-    return lambda: mock.patch.object(owner, name, make(getattr(owner, name)))
-
-
-def _nothing(original: Callable) -> Callable:
-    return lambda *arguments, **options: None
-
-
-def _changed(**values: object) -> Callable:
-    """The original's result (a dataclass) with other values."""
-    return lambda original: lambda *arguments, **options: replace(original(*arguments, **options), **values)
-
-
-def _no_gather(original: Callable) -> Callable:
-    return lambda *arguments, **options: SimpleNamespace(wait=lambda: None)
+from parity.faults import Mutation, changed, no_gather, nothing, patched
+from parity.mutations_llama import LLAMA
+from parity.mutations_pipeline import PIPELINE
+from parity.mutations_recompute import RECOMPUTE
+from parity.mutations_zero import ZERO
 
 
 def _mean_over_replicas(original: Callable) -> Callable:
@@ -197,320 +167,99 @@ def _summed_whole_linears(original: Callable) -> Callable:
     return mutated
 
 
-def _armed_early(original: Callable) -> Callable:
-    """Buckets that leave when a unit's input gradient is there, of a backward that puts its weight gradients off."""
-
-    def mutated(self, queue):
-        if queue is not None:
-            self.arm()
-
-    return mutated
-
-
-def _twice(original: Callable) -> Callable:
-    def mutated(*arguments):
-        original(*arguments)
-        original(*arguments)
-
-    return mutated
-
-
-def _first_copy_alone(original: Callable) -> Callable:
-    """The sum reaches only the copy that the norm counts."""
-
-    def mutated(optimizers, embedding):
-        tied = [state.grad for optimizer in optimizers for state in optimizer.states if state.bucket.tied]
-        before = tied[-1].clone() if tied else None
-        original(optimizers, embedding)
-        if tied:
-            tied[-1].copy_(before)
-
-    return mutated
-
-
-def _next_share(original: Callable) -> Callable:
-    """Each rank sends the share of its neighbour."""
-    return lambda self, tensor: tensor.contiguous().view(self.shares, -1)[(self.tp.rank + 1) % self.shares]
-
-
-def _before_it_is_filled(original: Callable) -> Callable:
-    """The second part of a backward that runs before the first."""
-
-    def mutated(self, action, received):
-        if (action.virtual_stage, action.microbatch) in self.split:
-            self.live[action.virtual_stage, action.microbatch].deferred.run()
-        original(self, action, received)
-        if (action.virtual_stage, action.microbatch) in self.deferred:
-            self.deferred[action.virtual_stage, action.microbatch] = functional.WeightQueue()
-
-    return mutated
-
-
-def _first_input_gradient(original: Callable) -> Callable:
-    """Every micro-batch but the last overwrites."""
-
-    def mutated(self, part, m):
-        return replace(original(self, part, m), accumulate=m == self.schedule.num_microbatches - 1)
-
-    return mutated
-
-
-def _last_rank_reports(original: property) -> property:
-    return property(lambda self: float(self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1))
-
-
-_PIPELINE_MUTATIONS = {
-    "W runs before its I": Mutation(
-        _patched(pipeline._Step, "_backward", _before_it_is_filled),
-        (1, 2, 1),
-        "gradient in step 1",
-        {"schedule": "zb-h1", "micro_batches": 3},
-    ),
-    "the first W adds to the last step": Mutation(
-        _patched(pipeline._Step, "_micro_batch", _changed(accumulate=True)),
-        (1, 2, 1),
-        "gradient in step 2",
-        {"schedule": "zb-h1", "micro_batches": 3},
-    ),
-    "later Ws overwrite": Mutation(
-        _patched(pipeline._Step, "_micro_batch", _first_input_gradient),
-        (1, 2, 1),
-        "gradient in step 1",
-        {"schedule": "zb-v", "micro_batches": 3},
-    ),
-    "buckets leave before W": Mutation(
-        _patched(data_parallel.GradientReducer, "defer_to", _armed_early),
-        (1, 2, 2),
-        "gradient in step 1",
-        {"schedule": "zb-h1", "bucket": 1, "micro_batches": 3},
-    ),
-    "a tied copy is summed twice": Mutation(
-        _patched(training_step, "reduce_tied", _twice), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"schedule": "zb-v"}
-    ),
-    "two tied copies on one rank are not summed": Mutation(
-        _patched(training_step, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"schedule": "zb-v"}
-    ),
-    "only one tied copy gets the sum": Mutation(
-        _patched(training_step, "reduce_tied", _first_copy_alone),
-        (1, 2, 1),
-        "gradient in step 1 embedding.tokens.weight",
-        {"schedule": "zb-v"},
-    ),
-    "the last rank reports the loss of a V": Mutation(
-        _patched(training_step.TrainingStep, "_reports_loss", _last_rank_reports),
-        (1, 2, 1),
-        "loss on rank 0, step 1",
-        {"schedule": "zb-v"},
-    ),
-    "scatter-gather mixes up the shares": Mutation(
-        _patched(boundary.Boundary, "to_send", _next_share), (2, 2, 1), "loss on rank 0, step 1", {"micro_batches": 3}
-    ),
-}
-
 _GPT_MUTATIONS = {
     "tied gradients are not summed": Mutation(
-        _patched(training_step, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
+        patched(training_step, "reduce_tied", nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
     ),
     "input gradients of layers are not summed": Mutation(
-        _patched(tensor_parallel.ColumnParallelLinear, "_start_reduce", _nothing), (2, 1, 1), "gradient in step 1"
+        patched(tensor_parallel.ColumnParallelLinear, "_start_reduce", nothing), (2, 1, 1), "gradient in step 1"
     ),
     "the input gradient of the head is not summed": Mutation(
-        _patched(tensor_parallel.VocabParallelHead, "_start_reduce", _nothing), (2, 1, 1), "gradient in step 1"
+        patched(tensor_parallel.VocabParallelHead, "_start_reduce", nothing), (2, 1, 1), "gradient in step 1"
     ),
     "padding counts in the softmax": Mutation(
-        _patched(tensor_parallel.VocabParallelHead, "__init__", _padding_in_softmax), (2, 1, 1), "loss on rank 0, step 1"
+        patched(tensor_parallel.VocabParallelHead, "__init__", _padding_in_softmax), (2, 1, 1), "loss on rank 0, step 1"
     ),
     "later micro-batches overwrite": Mutation(
-        _patched(pipeline._Step, "_micro_batch", _changed(accumulate=False)), (1, 2, 1), "gradient in step 1", {"micro_batches": 3}
+        patched(pipeline._Step, "_micro_batch", changed(accumulate=False)), (1, 2, 1), "gradient in step 1", {"micro_batches": 3}
     ),
     "the first micro-batch adds to the last step": Mutation(
-        _patched(pipeline._Step, "_micro_batch", _changed(accumulate=True)), (1, 2, 1), "gradient in step 2", {"micro_batches": 3}
+        patched(pipeline._Step, "_micro_batch", changed(accumulate=True)), (1, 2, 1), "gradient in step 2", {"micro_batches": 3}
     ),
     "documents see each other": Mutation(
-        _patched(pipeline._Step, "_micro_batch", _changed(attention_mask=None)), (1, 1, 2), "loss on rank 1", {"documents": "reset"}
+        patched(pipeline._Step, "_micro_batch", changed(attention_mask=None)), (1, 1, 2), "loss on rank 1", {"documents": "reset"}
     ),
     "attention dropout starts at head 0 on every rank": Mutation(
-        _patched(parallelize, "apply_tensor_parallel", _head_zero), (2, 1, 1), "loss on rank 0, step 1", {"dropout": 0.1}
+        patched(parallelize, "apply_tensor_parallel", _head_zero), (2, 1, 1), "loss on rank 0, step 1", {"dropout": 0.1}
     ),
     "dropout sites are numbered within the stage": Mutation(
-        _patched(transformer, "Block", _sites_of_the_stage), (1, 2, 1), "loss on rank 0, step 1", {"dropout": 0.1}
+        patched(transformer, "Block", _sites_of_the_stage), (1, 2, 1), "loss on rank 0, step 1", {"dropout": 0.1}
     ),
     "dropout keys do not know the replica": Mutation(
-        _patched(training_step.TrainingStep, "_inputs", _own_samples), (1, 1, 2), "loss on rank 0, step 1", {"dropout": 0.1}
+        patched(training_step.TrainingStep, "_inputs", _own_samples), (1, 1, 2), "loss on rank 0, step 1", {"dropout": 0.1}
     ),
     "gradients are not summed over replicas": Mutation(
-        _patched(data_parallel.GradientReducer, "_launch_above", _nothing), (1, 1, 2), "gradient in step 1"
+        patched(data_parallel.GradientReducer, "_launch_above", nothing), (1, 1, 2), "gradient in step 1"
     ),
     "gradients are averaged over replicas": Mutation(
-        _patched(data_parallel.GradientReducer, "_launch", _mean_over_replicas), (1, 1, 2), "gradient in step 1"
+        patched(data_parallel.GradientReducer, "_launch", _mean_over_replicas), (1, 1, 2), "gradient in step 1"
     ),
-    "updated slices are not gathered": Mutation(_patched(zero, "all_gather", _no_gather), (1, 1, 2), "weight", {"zero": 1}),
-    "copies enter the norm on every rank": Mutation(_patched(flat, "_spec", _changed(counted=True)), (2, 1, 1), "norm on rank 0, step 1"),
+    "updated slices are not gathered": Mutation(patched(zero, "all_gather", no_gather), (1, 1, 2), "weight", {"zero": 1}),
+    "copies enter the norm on every rank": Mutation(patched(flat, "_spec", changed(counted=True)), (2, 1, 1), "norm on rank 0, step 1"),
     "the norm is that of the rank": Mutation(
-        _patched(training_step.TrainingStep, "_totals", _total(0, _own_norm)), (1, 2, 1), "unequal losses or norms"
+        patched(training_step.TrainingStep, "_totals", _total(0, _own_norm)), (1, 2, 1), "unequal losses or norms"
     ),
     "an overflow is not noticed": Mutation(
-        _patched(training_step.TrainingStep, "_totals", _total(0, lambda step: 1.0)), (1, 1, 2), "skipped on rank 1", {"overflow": True}
+        patched(training_step.TrainingStep, "_totals", _total(0, lambda step: 1.0)), (1, 1, 2), "skipped on rank 1", {"overflow": True}
     ),
     "a skipped step counts as an update": Mutation(
-        _patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True}
+        patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True}
     ),
     "an overflow is each rank's own": Mutation(
-        _patched(training_step.TrainingStep, "_update", _own_overflow), (1, 2, 1), "skipped on rank 0", {"overflow": True, "scale": 2.0**40}
+        patched(training_step.TrainingStep, "_update", _own_overflow), (1, 2, 1), "skipped on rank 0", {"overflow": True, "scale": 2.0**40}
     ),
     "a skipped step counts as an update under a loss scale": Mutation(
-        _patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True, "scale": 2.0**40}
+        patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True, "scale": 2.0**40}
     ),
     "the norm is that of the scaled gradients": Mutation(
-        _patched(loss_scale.LossScale, "unscaled", lambda original: lambda self, factor: factor),
+        patched(loss_scale.LossScale, "unscaled", lambda original: lambda self, factor: factor),
         (1, 1, 2),
         "norm on rank 0, step 1",
         {"scale": 2.0**40},
     ),
     "the loss scale does not fall": Mutation(
-        _patched(loss_scale.LossScale, "update", _nothing), (1, 1, 2), "loss scale on rank 0", {"overflow": True, "scale": 2.0**40}
+        patched(loss_scale.LossScale, "update", nothing), (1, 1, 2), "loss scale on rank 0", {"overflow": True, "scale": 2.0**40}
     ),
     "masked tokens count in the mean": Mutation(
-        _patched(training_step.TrainingStep, "_totals", _total(3, _all_labels)), (1, 1, 2), "gradient in step 1", {"documents": "eod"}
+        patched(training_step.TrainingStep, "_totals", _total(3, _all_labels)), (1, 1, 2), "gradient in step 1", {"documents": "eod"}
     ),
-    "biases and norms decay": Mutation(_patched(flat, "_spec", _changed(decay=True)), (1, 1, 2), "weight"),
+    "biases and norms decay": Mutation(patched(flat, "_spec", changed(decay=True)), (1, 1, 2), "weight"),
 }
 
 _BERT_MUTATIONS = {
     "padding is looked at": Mutation(
-        _patched(pipeline, "attention_mask", _nothing), (1, 1, 2), "parts of the loss on rank 1, step 1", {"padding": True}
+        patched(pipeline, "attention_mask", nothing), (1, 1, 2), "parts of the loss on rank 1, step 1", {"padding": True}
     ),
-    "one token type": Mutation(_patched(pipeline._Step, "_micro_batch", _one_token_type), (1, 2, 1), "loss on rank 0, step 1"),
+    "one token type": Mutation(patched(pipeline._Step, "_micro_batch", _one_token_type), (1, 2, 1), "loss on rank 0, step 1"),
     "each replica divides by its own tokens": Mutation(
-        _patched(training_step.TrainingStep, "_loss_gradient", _own_counts), (1, 1, 2), "gradient in step 1"
+        patched(training_step.TrainingStep, "_loss_gradient", _own_counts), (1, 1, 2), "gradient in step 1"
     ),
     "the sentence loss is divided by tokens": Mutation(
-        _patched(training_step.TrainingStep, "_loss_gradient", _tokens_count_sentences), (1, 2, 1), "gradient in step 1 head.sentence"
+        patched(training_step.TrainingStep, "_loss_gradient", _tokens_count_sentences), (1, 2, 1), "gradient in step 1 head.sentence"
     ),
     "the vocabulary's bias is whole on each rank": Mutation(
-        _patched(tensor_parallel.VocabParallelHead, "__init__", _whole_bias), (2, 1, 1), "gradient in step 1 head.decoder.bias on rank 1"
+        patched(tensor_parallel.VocabParallelHead, "__init__", _whole_bias), (2, 1, 1), "gradient in step 1 head.decoder.bias on rank 1"
     ),
     "the sentence head is counted by each rank": Mutation(
-        _patched(flat, "_spec", _sentence_head_counted), (2, 1, 1), "norm on rank 0, step 1"
+        patched(flat, "_spec", _sentence_head_counted), (2, 1, 1), "norm on rank 0, step 1"
     ),
     "input gradients of whole layers are summed": Mutation(
-        _patched(tensor_parallel, "_parallel_form", _summed_whole_linears), (2, 1, 1), "gradient in step 1 layers.1"
+        patched(tensor_parallel, "_parallel_form", _summed_whole_linears), (2, 1, 1), "gradient in step 1 layers.1"
     ),
     "BERT's tied gradients are not summed": Mutation(
-        _patched(training_step, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
+        patched(training_step, "reduce_tied", nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
     ),
 }
 
-
-def _twice(original: Callable) -> Callable:
-    def mutated(*arguments, **options):
-        original(*arguments, **options)
-        return original(*arguments, **options)
-
-    return mutated
-
-
-def _freed_before_use(original: Callable) -> Callable:
-    """The memory of what was gathered ahead goes back and is taken again, with something else in it."""
-
-    def mutated(self, unit, wanted):
-        original(self, unit, wanted)
-        for bucket in set(self._held) - wanted:
-            self._finish(bucket)
-            self.flat.weight_buffers[bucket].whole.fill_(0.5)
-
-    return mutated
-
-
-def _keep_begun(original: Callable) -> Callable:
-    def mutated(self):
-        begun = set(self._begun)
-        original(self)
-        self._begun = begun
-
-    return mutated
-
-
-def _as_a_step(original: Callable) -> Callable:
-    """What ends a step, after each micro-batch."""
-
-    def mutated(self):
-        original(self)
-        self.wait()
-
-    return mutated
-
-
-def _backwards(original: Callable) -> Callable:
-    """Tiles in the opposite order: their names and places say one thing, the model computes another."""
-
-    def mutated(self, x, micro_batch, **options):
-        self.tiles = type(self.tiles)(reversed(self.tiles))
-        try:
-            return original(self, x, micro_batch, **options)
-        finally:
-            self.tiles = type(self.tiles)(reversed(self.tiles))
-
-    return mutated
-
-
-def _poisoned(original: Callable) -> Callable:
-    def mutated(self):
-        fresh = not self.nbytes
-        original(self)
-        if fresh:
-            self.whole.fill_(float("nan"))
-
-    return mutated
-
-
-def _poisoned_gaps(original: Callable) -> Callable:
-    """What nobody writes is not cleared either."""
-
-    def mutated(self, index):
-        gaps = self.flat.buckets[index].gaps
-        original(self, index)
-        for start, stop in gaps:
-            self.flat.grad_buffers[index].whole[start:stop].fill_(1.0)
-
-    return mutated
-
-
-_REDUCER, _GATHERER = sharded_gradients.ShardedReducer, gather.WeightGatherer
-_THREE = {"zero": 3, "micro_batches": 3}
-_ZERO_MUTATIONS = {
-    "a shard is added twice": Mutation(
-        _patched(_REDUCER, "_take", _twice), (1, 1, 2), "gradient in step 1", {"zero": 2, "micro_batches": 3}
-    ),
-    "the first micro-batch adds to the last step's shard": Mutation(
-        _patched(_REDUCER, "wait", _keep_begun), (1, 1, 2), "gradient in step 2", {"zero": 2}
-    ),
-    "later micro-batches replace the shard": Mutation(
-        _patched(_REDUCER, "end_micro_batch", _as_a_step), (1, 1, 2), "gradient in step 1", {"zero": 2}
-    ),
-    "gaps between gradients enter the norm": Mutation(
-        _patched(_REDUCER, "_open", _poisoned_gaps), (1, 1, 2), "norm on rank 0, step 1", {"zero": 2}
-    ),
-    "a prefetched unit is freed before use": Mutation(
-        _patched(_GATHERER, "_enter", _freed_before_use), (1, 1, 2), "loss on rank 0, step 1", _THREE
-    ),
-    "gathered weights outlive the step": Mutation(_patched(_GATHERER, "_release", _nothing), (1, 1, 2), "loss on rank 0, step 2", _THREE),
-    "whole weights are not gathered": Mutation(
-        _patched(zero, "all_gather", _no_gather), (1, 1, 2), "weight", {"zero": 3, "threshold": 100}
-    ),
-    "tiles change places": Mutation(
-        _patched(tiles.TiledRow, "forward", _backwards), (1, 1, 2), "loss on rank 0, step 1", _THREE | {"tile": 2}
-    ),
-    "tiles are not summed over ranks in backward": Mutation(
-        _patched(tiles.TiledColumn, "_entered", lambda original: lambda self, x: x), (2, 1, 2), "gradient in step 1", _THREE | {"tile": 2}
-    ),
-}  # fmt: skip
-
-# What must not be seen.
-HARMLESS = {"memory that comes is not empty": Mutation(_patched(transient.TransientBuffer, "allocate", _poisoned), (1, 1, 2), "")}
-MUTATIONS = (
-    _GPT_MUTATIONS
-    | _PIPELINE_MUTATIONS
-    | _ZERO_MUTATIONS
-    | {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
-)
+_FOR_BERT = {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
+MUTATIONS = _GPT_MUTATIONS | PIPELINE | RECOMPUTE | ZERO | LLAMA | _FOR_BERT

@@ -16,13 +16,13 @@ from megactl.config.schema import Model
 from megactl.engine.models.layers import (
     GELU,
     Dropout,
-    LayerNorm,
     Linear,
     MicroBatch,
     Targets,
     VocabEmbedding,
     VocabHead,
     WholeEmbedding,
+    make_norm,
 )
 from megactl.engine.models.transformer import Transformer
 
@@ -31,20 +31,22 @@ SENTENCE_CLASSES = 2
 
 
 class Embedding(nn.Module):
-    """Token plus position plus token-type vectors, LayerNorm where norms stand behind, then dropout."""
+    """Token plus position (learned ones) plus token-type vectors, a norm where norms stand behind, then dropout."""
 
     def __init__(self, config: Model, rows: int) -> None:
         super().__init__()
         hidden, std = config.hidden_size, config.init_std
         self.tokens = VocabEmbedding(config.vocab_size, rows, hidden, std)
-        self.positions = WholeEmbedding(config.max_positions, hidden, std)
+        self.positions = WholeEmbedding(config.max_positions, hidden, std) if config.position_embedding == "learned" else None
         self.token_types = WholeEmbedding(TOKEN_TYPES, hidden, std)
-        self.norm = LayerNorm(hidden, config.layernorm_epsilon) if config.norm_position == "post" else None
+        self.norm = make_norm(config) if config.norm_position == "post" else None
         self.dropout = Dropout(config.hidden_dropout, site=0)
 
     def forward(self, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
         """tokens [b, s] to [b, s, h]."""
-        x = self.tokens(tokens, micro_batch) + self.positions(micro_batch.position_ids, micro_batch)
+        x = self.tokens(tokens, micro_batch)
+        if self.positions is not None:
+            x = x + self.positions(micro_batch.position_ids, micro_batch)
         x = x + self.token_types(micro_batch.token_types, micro_batch)
         if self.norm is not None:
             x = self.norm(x, micro_batch)
@@ -74,7 +76,7 @@ class PretrainingHead(nn.Module):
         self.approximate = GELU[config.gelu]
         # Whole on every tensor-parallel rank: a cut by outputs would have to be gathered again for the norm.
         self.dense = Linear(hidden, hidden, split=None, std=config.init_std)
-        self.norm = LayerNorm(hidden, config.layernorm_epsilon)
+        self.norm = make_norm(config)
         self.decoder = decoder
         self.sentence = SentenceHead(config) if config.sentence_head is not False else None
 

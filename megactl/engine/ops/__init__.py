@@ -18,7 +18,9 @@ from megactl.engine.ops.norm import (
     rms_norm_forward,
 )
 from megactl.engine.ops.philox import INITIALISATION_STEP, dropout_add, normal_, philox_bits_, stream_of
+from megactl.engine.ops.rotary import rotary_qkv, rotary_qkv_backward
 from megactl.engine.ops.softmax import masked_softmax, masked_softmax_backward
+from megactl.engine.ops.swiglu import swiglu, swiglu_backward
 
 __all__ = [
     "INITIALISATION_STEP",
@@ -48,8 +50,12 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_forward",
+    "rotary_qkv",
+    "rotary_qkv_backward",
     "scale_",
     "squared_norm",
     "stream_of",
+    "swiglu",
+    "swiglu_backward",
     "use_compiled",
 ]
