@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 from megactl.config.batch import parse_rampup, parse_warmup
+from megactl.config.layout import sequence_unit
 from megactl.config.memory import offload_targets
 from megactl.config.pipeline_split import SplitError, model_chunks, stage_layers
 from megactl.config.refused import refusals
@@ -224,6 +225,23 @@ def _tensor_parallel(names: Names) -> Iterator[Problem]:
         yield Problem(show("parallel.tensor_parallel"), rule, instead)
 
 
+def _context_parallel(names: Names) -> Iterator[Problem]:
+    run, show = names.run, names.show
+    model, parallel, length = run.model, run.parallel, run.training.seq_length
+    cp, tp = parallel.context_parallel, parallel.tensor_parallel
+    unit = sequence_unit(run, cp)
+    if length % unit:
+        chunks = f"{unit} chunks, two a rank" if unit > cp else f"{cp} parts, one a rank"
+        instead = f"use --seq-length {nearest_multiples(length, unit)}, or another --cp"
+        rule = f"cuts a sequence into {chunks}, and {show('training.seq_length')} is no multiple of {unit}"
+        yield Problem(show("parallel.context_parallel"), rule, instead)
+    if cp > 1 and parallel.context_method == "all-to-all" and not model.num_heads % tp and model.num_heads // tp % cp:
+        where = f"{show('parallel.context_parallel')} with {show('parallel.context_method')}"
+        heads = f"the {model.num_heads // tp} heads of a rank ({show('model.num_heads')}, {show('parallel.tensor_parallel')})"
+        instead = f"use --cp-method ring, or --cp {nearest_divisors(cp, model.num_heads // tp)}"
+        yield Problem(where, f"trades tokens for heads, and must divide {heads}", instead)
+
+
 def _pipeline_parallel(names: Names) -> Iterator[Problem]:
     model, parallel, show = names.run.model, names.run.parallel, names.show
     pp, chunks = parallel.pipeline_parallel, model_chunks(parallel)
@@ -261,13 +279,19 @@ def _tiles(names: Names) -> Iterator[Problem]:
     """A tile is an equal share of the outputs, or the inputs, that a rank has of each matrix of a layer."""
     model, parallel, show = names.run.model, names.run.parallel, names.show
     tp, tile = parallel.tensor_parallel, parallel.tile
-    ffn = model.ffn_size or 4 * model.hidden_size
-    if tile == 1 or model.hidden_size % tp or ffn % tp:
+    # Outputs of qkv, of what leads into the MLP; inputs of the two that write to the residual stream.
+    widths = {
+        "hidden": model.hidden_size,
+        "queries, keys and values": model.hidden_size // model.num_heads * (model.num_heads + 2 * model.key_value_heads),
+        "the MLP's width": model.mlp_width,
+    }
+    if any(width % tp for width in widths.values()):
         return
-    common = math.gcd(model.hidden_size // tp, ffn // tp)
+    common = math.gcd(*(width // tp for width in widths.values()))
     if common % tile:
-        where = f"hidden / tp = {model.hidden_size // tp} and the MLP's width / tp = {ffn // tp}"
-        yield Problem(show("parallel.tile"), f"must divide {where}", f"use --tile {nearest_divisors(tile, common)}")
+        over = f" / tp {tp}" if tp > 1 else ""
+        wrong = ", ".join(f"{name}{over} = {width // tp}" for name, width in widths.items() if width // tp % tile)
+        yield Problem(show("parallel.tile"), f"must divide {wrong}", f"use --tile {nearest_divisors(tile, common)}")
 
 
 def _pair_length(names: Names) -> Iterator[Problem]:
@@ -345,9 +369,10 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_rotary, ("model.hidden_size", "model.num_heads", "model.rotary_percent", "model.rope_low_frequency", "model.rope_high_frequency")),
     (_positions, ("model.max_positions", "training.seq_length")),
     (_tensor_parallel, ("model.num_heads", "model.kv_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
+    (_context_parallel, ("model.num_heads", "parallel.tensor_parallel", "parallel.context_parallel", "training.seq_length")),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel", "parallel.virtual_pipeline")),
     (_recompute_layers, ("model.num_layers", "memory.recompute_layers")),
-    (_tiles, ("model.hidden_size", "model.ffn_size", "parallel.tensor_parallel", "parallel.tile")),
+    (_tiles, ("model.hidden_size", "model.num_heads", "model.kv_heads", "model.ffn_size", "parallel.tensor_parallel", "parallel.tile")),
     (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),
     (_loss_scales, ("training.initial_loss_scale", "training.min_loss_scale")),

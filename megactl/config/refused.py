@@ -192,7 +192,6 @@ def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refu
 # Each row goes with the commit that makes its setting work.
 _UNFINISHED: tuple[Refusal, ...] = (
     _unfinished("parallel.sequence_parallel", lambda run: run.parallel.sequence_parallel, "leave --sp out"),
-    _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
     _unfinished("memory.offload", lambda run: bool(_offloaded(run) - {"activations"}), "use --offload activations"),
 )
 
@@ -219,6 +218,12 @@ REFUSED: tuple[Refusal, ...] = (
         "use --schedule 1f1b, or --vpp 1",
     ),
     Refusal(
+        ("parallel.schedule", "parallel.pipeline_parallel"),
+        lambda run: run.parallel.schedule.startswith("zb") and run.parallel.pipeline_parallel == 1,
+        "no rank waits for another, so there is no bubble for weight gradients to fill",
+        "use --schedule 1f1b, or --pp 2 or more",
+    ),
+    Refusal(
         ("parallel.pipeline_split", "parallel.pipeline_parallel"),
         lambda run: run.parallel.pipeline_split is not None and run.parallel.pipeline_parallel == 1,
         "one pipeline rank holds all layers, and there is nothing to split",
@@ -237,6 +242,12 @@ REFUSED: tuple[Refusal, ...] = (
         "use --model bert, or leave --sentence-head out",
     ),
     *_architecture_rows(),
+    Refusal(
+        ("parallel.context_method", "parallel.context_parallel"),
+        lambda run: run.parallel.context_method != "ring" and run.parallel.context_parallel == 1,
+        "each rank holds whole sequences, and attention has nothing to exchange",
+        "use --cp 2 or more, or leave --cp-method out",
+    ),
     Refusal(
         ("checkpoint.load", "checkpoint.resume"),
         lambda run: run.checkpoint.load is not None and run.checkpoint.resume == "must",

@@ -127,7 +127,9 @@ class Parallel:
     """How the model is spread: degrees of the mesh axes, innermost first (tp, cp, dp, pp)."""
 
     tensor_parallel: int = setting(1, "ranks that share each layer", flags=("--tp", "--tensor-model-parallel-size", "--tensor-parallel"))
-    context_parallel: int = setting(1, "ranks that share each sequence", flags=("--cp", "--context-parallel-size"))
+    context_parallel: int = setting(
+        1, "ranks that share each sequence: activations / cp, for messages in each attention", flags=("--cp", "--context-parallel-size")
+    )
     pipeline_parallel: int = setting(1, "pipeline stages", flags=("--pp", "--pipeline-model-parallel-size", "--pipeline-parallel"))
     data_parallel: int | None = setting(None, "replicas (default: world / (tp x pp x cp))", flags=("--dp", "--data-parallel"))
     sequence_parallel: bool = setting(
@@ -135,7 +137,7 @@ class Parallel:
         flags=("--sp/--no-sp", "--sequence-parallel/--no-sequence-parallel"),
     )  # fmt: skip
     context_method: str = setting(
-        "ring", "with cp: send keys and values around, or trade sequence for heads",
+        "ring", "with cp: send keys and values around, or trade tokens for heads (any length, but cp must divide heads / tp)",
         flags=("--cp-method", "--cp-comm-type"), choices=("ring", "all-to-all"),
     )  # fmt: skip
     schedule: str = setting("1f1b", "pipeline schedule", flags=("--schedule",), choices=("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v"))
@@ -152,7 +154,7 @@ class Parallel:
     )  # fmt: skip
     zero: int | None = setting(
         None, "ZeRO stage: what the d replicas share. Bytes a parameter in bf16: 0 nothing, 18; 1 optimizer, 6 + 12/d; 2 also gradients, "
-        "2 + 16/d, but every micro-batch reduces them; 3 also weights, 18/d, gathered twice a micro-batch (default 1 when dp > 1)",
+        "2 + 16/d, but every micro-batch reduces them; 3 also weights, 18/d, gathered twice a micro-batch (default 1 when dp x cp > 1)",
         flags=("--zero",),
     )  # fmt: skip
     zero_prefetch: int = setting(

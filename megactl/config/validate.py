@@ -226,8 +226,10 @@ def _derive_layout(run: Run, machine: Machine) -> Iterator[Derived]:
         product = f"(tp {parallel.tensor_parallel} x pp {parallel.pipeline_parallel} x cp {parallel.context_parallel})"
         yield Derived("parallel.data_parallel", data_parallel, f"{machine.world_size} ranks / {product}")
     if parallel.zero is None:
-        reason = "dp > 1: each replica keeps a share of the optimizer" if data_parallel > 1 else "dp is 1: nothing to share"
-        yield Derived("parallel.zero", int(data_parallel > 1), reason)
+        # Context-parallel ranks have the same weights as well, and share the optimizer like replicas.
+        axis = "dp" if data_parallel > 1 else "cp" if parallel.context_parallel > 1 else None
+        reason = f"{axis} > 1: each replica keeps a share of the optimizer" if axis else "dp is 1: nothing to share"
+        yield Derived("parallel.zero", int(axis is not None), reason)
     elif parallel.zero and data_parallel * parallel.context_parallel == 1 and not _streams_weights(run):
         # Scripts sweep over dp with --zero; with one replica all stages are the same thing, so nothing is lost.
         what = {1: "optimizer", 2: "optimizer and all gradients", 3: "model"}[parallel.zero]

@@ -216,7 +216,7 @@ def _stage_layers(model: Model, layout: Layout, num_stages: int) -> list[int]:
 
 
 def _kept(model: Model, layout: Layout, sizes: _Sizes, stage: int, layers: int) -> KeptLayers:
-    """What one virtual stage keeps for a micro-batch: its layers, what the embedding keeps, and tables. What it sends on nobody keeps."""
+    """What one virtual stage keeps for a micro-batch: its layers, and what the embedding keeps. What it sends on nobody keeps."""
     recompute = Recompute(
         layout.recompute,
         layout.recompute_method,
@@ -225,8 +225,7 @@ def _kept(model: Model, layout: Layout, sizes: _Sizes, stage: int, layers: int) 
         on_host="activations" in layout.offload,
     )
     kept = kept_layers(recompute, layers, layer=layer_activations(model, layout), layer_input=sizes.held)
-    ends = (_embedding(model, sizes) if stage == 0 else 0) + _rotary_tables(model, sizes)
-    return replace(kept, device=kept.device + ends)
+    return replace(kept, device=kept.device + (_embedding(model, sizes) if stage == 0 else 0) + _rotary_tables(model, sizes))
 
 
 def _live_state(model: Model, layout: Layout, sizes: _Sizes, parameters: int, held: Sequence[int], last: int) -> int:
@@ -271,13 +270,14 @@ def live_at_peak(layout: Layout, rank: int, kept: Mapping[int, int]) -> LivePeak
 def layer_activations(model: Model, layout: Layout) -> int:
     """Bytes one layer keeps for the backward of one micro-batch on one rank.
 
-    With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus the norms' statistics; under sequence parallelism sbh 32/t.
-    SwiGLU keeps 6f/h in place of GELU's 4f/h; grouped queries keep 2 + 4g/a for q, k, v in place of 6 (g groups). Selective
-    recomputation leaves attention's own tensors out. Of a layer that is computed again as a whole, this is what the second forward keeps.
+    With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus the norms' statistics; under sequence parallelism
+    sbh 32/t. SwiGLU keeps 6f/h in place of GELU's 4f/h; grouped queries keep 2 + 4g/a for q, k, v in place of 6 (g groups). Selective
+    recomputation leaves attention's own tensors out. Of a layer that is computed again as a whole, this is what the second forward
+    keeps.
     """
     sizes = _Sizes.of(model, layout)
-    # Whole on each rank (its share of the tokens under sp), wherever the norms stand: inputs of both norms, of qkv and of the first
-    # MLP matrix.
+    # Whole on each rank (its share of the tokens under sp), wherever the norms stand: inputs of both norms, of qkv and of the first MLP
+    # matrix.
     statistics = 1 if model.normalization == "rmsnorm" else 2
     whole = 4 * sizes.held + 2 * statistics * sizes.accumulate * sizes.held_tokens
     # Split over t: q, k, v, the input of attention's output matrix, the activation's input and output.

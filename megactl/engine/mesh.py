@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megactl.config.schema import Parallel
+from megactl.costmodel import parameters
 from megactl.engine.collectives import Group, all_reduce, exchange
-from megactl.schedules import num_chunks, placement
 
 AXES = ("tp", "cp", "dp", "pp")
 
@@ -88,8 +88,7 @@ def degrees(parallel: Parallel) -> dict[str, int]:
 
 def stage_ranks(parallel: Parallel) -> tuple[int, ...]:
     """The pipeline rank that holds each virtual stage of a run, in the order of the model."""
-    chunks = num_chunks(parallel.schedule, parallel.virtual_pipeline)
-    return placement(parallel.schedule, num_ranks=parallel.pipeline_parallel, chunks=chunks)
+    return parameters.stage_ranks(parallel.pipeline_parallel, parallel.schedule, parallel.virtual_pipeline)
 
 
 def build_mesh(parallel: Parallel, device: torch.device) -> Mesh:
@@ -112,12 +111,12 @@ def build_mesh(parallel: Parallel, device: torch.device) -> Mesh:
     objects = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo")
     if device.type == "cuda":
         groups = {id(axis.group): axis.group for axis in (*axes.values(), embedding) if axis is not None and axis.group is not None}
-        _connect(list(groups.values()), axes["pp"], device)
+        _connect(list(groups.values()), (axes["pp"], axes["cp"]), device)
     return Mesh(device=device, rank=rank, world_size=world_size, **axes, embedding=embedding, objects=objects)
 
 
-def _connect(groups: list[Group], pp: Axis, device: torch.device) -> None:
-    """Make NCCL's communicators and the pipeline's connections now, each by a small transfer.
+def _connect(groups: list[Group], rings: Sequence[Axis], device: torch.device) -> None:
+    """Make NCCL's communicators and the connections between neighbours of `rings` now, each by a small transfer.
 
     NCCL makes both at first use, on the host, waiting there for the other side. In the first step that can be for ever: a stage waits
     for its neighbour to connect for a gradient, with an activation behind it in the same exchange; the neighbour loads the kernels of
@@ -125,11 +124,13 @@ def _connect(groups: list[Group], pp: Axis, device: torch.device) -> None:
     """
     for group in (None, *groups):
         all_reduce(torch.zeros(1, device=device), group)
-    if pp.size > 1:
-        after, before = pp.ranks[(pp.rank + 1) % pp.size], pp.ranks[(pp.rank - 1) % pp.size]
+    for axis in rings:
+        if axis.size == 1:
+            continue
+        after, before = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[(axis.rank - 1) % axis.size]
         sent, received = torch.zeros(2, device=device), torch.zeros(2, device=device)
         for target, source in ((after, before), (before, after)):
-            for work in exchange([(sent, target)], [(received, source)], pp.group)[1]:
+            for work in exchange([(sent, target)], [(received, source)], axis.group)[1]:
                 work.wait()
     torch.cuda.synchronize(device)
 

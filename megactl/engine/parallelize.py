@@ -1,8 +1,9 @@
 """The one place where a plain model becomes a parallel one.
 
-In this order: build the stage's layers without memory (meta device), cut them over the tensor-parallel ranks, cut what is left into
-tiles, settle what is computed again in backward, put the weights into flat buffers, add the optimizer, hook the reduction of gradients
-and the gathering of weights, draw the initial values of exactly those parts.
+In this order: build the stage's layers without memory (meta device), cut them over the tensor-parallel ranks, let attention work
+over the context-parallel ones, cut what is left into tiles, settle what is computed again in backward, put the weights into flat
+buffers, add the optimizer, hook the reduction of gradients and the gathering of weights, draw the initial values of exactly those
+parts.
 Initial values are drawn by canonical name and global element, so every layout starts from the same model.
 """
 
@@ -18,6 +19,7 @@ from megactl.config.schema import Run
 from megactl.costmodel.parameters import padded_vocab, split_layers
 from megactl.engine import ops
 from megactl.engine.activations import apply_recompute
+from megactl.engine.context_parallel import apply_context_parallel
 from megactl.engine.data_parallel import GradientReducer
 from megactl.engine.flat import FlatParameters, Placement, Sharing
 from megactl.engine.gather import DeviceShard, WeightGatherer
@@ -117,6 +119,7 @@ def build_stage(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> nn
             vocab_rows=padded_vocab(run.model.vocab_size, mesh.tp.size),
         )  # fmt: skip
         apply_tensor_parallel(model, mesh.tp)
+        apply_context_parallel(model, mesh, run.parallel.context_method)
         apply_tiles(model, run.parallel.tile)
     return model
 

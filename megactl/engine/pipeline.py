@@ -139,7 +139,8 @@ class _Step:
         accumulate = self.trains and part.reducer.accumulates and m != self.schedule.first_backward(part.virtual_stage)
         return MicroBatch(
             self.inputs.rng[m], batch.position_ids, self._mask(part.virtual_stage, m), accumulate, self.inputs.dropout, batch.token_types,
-            WeightQueue() if (part.virtual_stage, m) in self.split else None,
+            WeightQueue() if (part.virtual_stage, m) in self.split else None, rows=batch.rows,
+            segments=batch.block_segments,
         )  # fmt: skip
 
     def _mask(self, stage: int, m: int) -> Tensor | None:

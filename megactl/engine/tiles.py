@@ -1,6 +1,6 @@
 """Tiled linear layers (DeepSpeed's memory-centric tiling): each matrix of a layer as N smaller ones, run one after another.
 
-    column   W cut by outputs: the outputs of the tiles stand beside each other, each with its own bias and GELU
+    column   W cut by outputs: the outputs of the tiles stand beside each other, each with its own bias and activation
     row      W cut by inputs:  the outputs of the tiles are added, then the bias once
 
 With ZeRO 3 a tile is a unit of its own, so that no more than one tile (and what is prefetched) is gathered at a time. A tile is a
@@ -28,16 +28,22 @@ class Tile(Linear):
     `split_dim` is that of the whole: a tile lies within the tensor-parallel shard.
     """
 
+    # The methods that run it.
+    RUNS = ("forward", "gelu", "swiglu")
+
     def __init__(self, whole: nn.Module, index: int, count: int, dim: int) -> None:
         nn.Module.__init__(self)
         self.index, self.count, self.initial = index, count, whole.initial
-        self.tile_dim = {"weight": dim} | ({"bias": dim} if dim == 0 else {})
+        by_outputs = dim < whole.weight.ndim - 1
+        self.tile_dim = {"weight": dim} | ({"bias": dim} if by_outputs else {})
         self.split_dim = getattr(whole, "split_dim", {})
-        shape = list(whole.weight.shape)
-        shape[dim] //= count
-        self.weight = nn.Parameter(torch.empty(shape, device=whole.weight.device))
-        has_bias = dim == 0 and whole.bias is not None
-        self.bias = nn.Parameter(torch.empty(shape[0], device=whole.weight.device)) if has_bias else None
+        self.weight = _part(whole.weight, dim, count)
+        self.bias = _part(whole.bias, dim, count) if by_outputs and whole.bias is not None else None
+
+
+def _part(whole: nn.Parameter, dim: int, count: int) -> nn.Parameter:
+    shape = [size // count if axis == dim else size for axis, size in enumerate(whole.shape)]
+    return nn.Parameter(torch.empty(shape, device=whole.device))
 
 
 class TiledColumn(nn.Module):
@@ -46,7 +52,9 @@ class TiledColumn(nn.Module):
     def __init__(self, whole: nn.Module, count: int) -> None:
         super().__init__()
         self.tp: Axis | None = getattr(whole, "tp", None)
-        self.tiles = nn.ModuleList(Tile(whole, index, count, 0) for index in range(count))
+        # Of SwiGLU's [2, out, in] each tile takes the same outputs of both.
+        outputs = whole.weight.ndim - 2
+        self.tiles = nn.ModuleList(Tile(whole, index, count, outputs) for index in range(count))
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, in] to [b, s, out], or this rank's outputs."""
@@ -57,6 +65,11 @@ class TiledColumn(nn.Module):
         """GELU of `forward`."""
         x = self._entered(x)
         return torch.cat([tile.gelu(x, micro_batch, approximate) for tile in self.tiles], -1)
+
+    def swiglu(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """`Linear.swiglu`, some of its outputs in each tile."""
+        x = self._entered(x)
+        return torch.cat([tile.swiglu(x, micro_batch) for tile in self.tiles], -1)
 
     def _entered(self, x: Tensor) -> Tensor:
         return x if self.tp is None else _SumBackward.apply(x, self.tp.group)

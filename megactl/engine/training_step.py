@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megactl.config.schema import Run
 from megactl.engine.collectives import all_reduce
+from megactl.engine.context_parallel import SequenceShard
 from megactl.engine.data.batch import Batch
 from megactl.engine.flat import ParameterSpec, by_name
 from megactl.engine.loss_scale import LossScale
@@ -57,6 +58,7 @@ class TrainingStep:
     def __init__(self, run: Run, mesh: Mesh) -> None:
         self.run, self.mesh = run, mesh
         self.parts = build_parts(run, mesh)
+        self.shard = SequenceShard.of(run, mesh)
         self.stage_ranks = stage_ranks(run.parallel)
         self.executor = PipelineExecutor(
             self.parts, mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run), scatter_gather=run.parallel.scatter_gather
@@ -99,7 +101,7 @@ class TrainingStep:
 
     @property
     def _reports_loss(self) -> float:
-        """1 on the ranks whose loss counts: tensor-parallel ranks of the last stage all see the same one, so one of them reports it."""
+        """1 on the ranks whose loss counts: those of the last stage, of tensor-parallel ranks, which all see the same one, the first."""
         return float(self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.stage_ranks[-1])
 
     def _totals(self, sums: Tensor, counts: Tensor, stop: float) -> Tensor:
@@ -138,6 +140,8 @@ class TrainingStep:
         pinned = self.mesh.device.type == "cuda"
         rng = torch.tensor(keys, dtype=torch.int64, pin_memory=pinned).to(self.mesh.device, non_blocking=True)
         held = [batches(index).to(self.mesh.device) for index in range(count)]
+        if self.shard is not None:
+            held = [self.shard.cut(batch, keys[2]) for batch, keys in zip(held, rng, strict=True)]
         # Evaluation starts no backward, and need not count what its losses will count anyway.
         zeros = torch.zeros(len(self.losses), dtype=torch.float64, device=self.mesh.device)
         gradient = self.loss_scale.scaled(self._loss_gradient(held, global_batch_size)) if dropout else zeros
@@ -148,8 +152,8 @@ class TrainingStep:
         if len(self.losses) == 1:
             return self._scalar(1.0 / (global_batch_size * self.run.training.seq_length), torch.float64).unsqueeze(0)
         counts = sum(self.parts[0].model.loss_counts(targets_of(batch, torch.float64)) for batch in held)
-        if self.mesh.dp.size > 1:
-            all_reduce(counts, self.mesh.dp.group)
+        if self.mesh.replicas.size > 1:
+            all_reduce(counts, self.mesh.replicas.group)
         return 1.0 / counts.clamp(min=1.0)
 
     def _seed_torch(self, iteration: int) -> None:

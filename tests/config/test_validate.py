@@ -50,6 +50,11 @@ RULES = [
         2,
         "must be a multiple of --micro-batch-size 2 x dp 2 = 4; use --global-batch-size 4 or 8",
     ),
+    (
+        ["parallel.context_method=all-to-all"],
+        1,
+        "--cp-method all-to-all with --cp 1 (default): each rank holds whole sequences, and attention has nothing to exchange; use --cp 2",
+    ),
     (["optimizer.lr=0"], 1, "--lr 0: must be above 0; such as 0.0003"),
     (["optimizer.min_lr=1"], 1, "--min-lr 1: is above --lr 0.0003 (default); use --min-lr 3e-05"),
     (["optimizer.warmup=2000"], 1, "--warmup 2000: is longer than --iterations 1000 (default)"),
@@ -176,6 +181,7 @@ RULES = [
         2,
         "--vpp 2 with --schedule zb-h1: this order is made for one stage a rank",
     ),
+    (["parallel.schedule=zb-v"], 1, "--schedule zb-v with --pp 1 (default): no rank waits for another"),
     (["parallel.pipeline_split=4"], 1, "--pp-split 4 with --pp 1 (default): one pipeline rank holds all layers"),
     (
         ["parallel.pipeline_parallel=2", "parallel.pipeline_split=1,2,1"],

@@ -124,7 +124,7 @@ def _facts(engine: TrainingStep) -> dict[str, object]:
         "module_grads": sum(p.grad is not None for p in engine.parts[0].model.parameters()),
         "state": sum(state.exp_avg.numel() for state in states),
         "masters": sum(state.master.numel() for state in states if state.master.data_ptr() != state.param.data_ptr()),
-        "buckets": len(flat.buckets),
+        "buckets": sum(len(part.flat.buckets) for part in engine.parts),
         "copies_differ": _copies_differ(engine),
         "padding_weight": _padding(engine, "param"),
         "padding_gradient": _padding(engine, "grad"),

@@ -23,6 +23,7 @@ from megactl.engine.collectives import all_reduce
 from megactl.engine.models import transformer
 from megactl.engine.models.layers import Linear
 from parity.faults import Mutation, changed, no_gather, nothing, patched
+from parity.mutations_context import CONTEXT
 from parity.mutations_llama import LLAMA
 from parity.mutations_pipeline import PIPELINE
 from parity.mutations_recompute import RECOMPUTE
@@ -262,4 +263,4 @@ _BERT_MUTATIONS = {
 }
 
 _FOR_BERT = {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
-MUTATIONS = _GPT_MUTATIONS | PIPELINE | RECOMPUTE | ZERO | LLAMA | _FOR_BERT
+MUTATIONS = _GPT_MUTATIONS | PIPELINE | RECOMPUTE | ZERO | LLAMA | CONTEXT | _FOR_BERT

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from torch import arange
-
 from megactl.engine import (
     flat,
 )
@@ -42,7 +40,8 @@ LLAMA = {
         patched(rotary.RotaryAngles, "__call__", _place_for_position),
         (1, 1, 2),
         "loss on rank 1",
-        {"positions": "rope", "documents": "reset"},
+        # Behind a mask of documents nothing shows: angles count differences of positions.
+        {"positions": "rope", "documents": "positions"},
     ),
     "SwiGLU's biases decay": Mutation(patched(flat, "_spec", _decay_by_dimensions), (1, 1, 2), "weight", {"activation": "swiglu"}),
     "heads take turns at the keys": Mutation(

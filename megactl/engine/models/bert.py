@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megactl.config.schema import Model
 from megactl.engine.models.layers import (
     GELU,
+    IGNORED_LABEL,
     Dropout,
     Linear,
     MicroBatch,
@@ -111,10 +112,13 @@ class BERT(Transformer):
         logits, sentence = output
         sums = [self.head.decoder.loss_sum(logits, targets.labels, targets.mask)]
         if sentence is not None:
-            sums.append(nn.functional.cross_entropy(sentence.to(sums[0].dtype), targets.sentence_labels, reduction="sum"))
+            logits, labels = sentence.to(sums[0].dtype), targets.sentence_labels
+            sums.append(nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum"))
         return torch.stack(sums)
 
     def loss_counts(self, targets: Targets) -> Tensor:
         """[k]: masked tokens, and sequences."""
-        tokens = targets.mask.sum()
-        return torch.stack([tokens, torch.full_like(tokens, len(targets.mask))][: len(self.losses)])
+        counts = [targets.mask.sum()]
+        if len(self.losses) > 1:
+            counts.append((targets.sentence_labels != IGNORED_LABEL).sum().to(counts[0].dtype))
+        return torch.stack(counts)

@@ -29,6 +29,9 @@ class MicroBatch:
     lets it see. token_types int64 [b, s], for encoders. unread: nobody reads the values that the layer gives, only its backward runs
     (the second forward of a recomputation): what backward does not read either need not be computed. rotary: cosines and sines of the
     positions (`RotaryAngles`), which the model fills in before its layers.
+    Where a rank holds some tokens of each sequence (s is their number then): rows int64 [b, s], the index of each within the
+    [samples, sequence] of the global batch; segments, the document of every token of whole sequences, where attention makes its masks
+    piece by piece.
     """
 
     rng: Tensor
@@ -40,17 +43,24 @@ class MicroBatch:
     deferred: functional.WeightQueue | None = None
     unread: bool = False
     rotary: tuple[Tensor, Tensor] | None = None
+    rows: Tensor | None = None
+    segments: Tensor | None = None
 
     def weight_options(self, add: bool = False) -> functional.WeightOptions:
         """What every operation that owns weights is told about their gradients. `add`: even the first micro-batch adds to the buffer."""
         return {"accumulate": self.accumulate or add, "deferred": self.deferred}
 
 
+# A label that no loss counts: the default of torch's cross entropy.
+IGNORED_LABEL = -100
+
+
 @dataclass(frozen=True)
 class Targets:
     """What a model's losses are computed against.
 
-    labels int64 [b, s]; mask [b, s], 0 where a label does not count; sentence_labels int64 [b], for models with a sentence head.
+    labels int64 [b, s]; mask [b, s], 0 where a label does not count; sentence_labels int64 [b], for models with a sentence head;
+    IGNORED_LABEL where another rank counts it.
     """
 
     labels: Tensor
@@ -216,6 +226,8 @@ class Dropout(nn.Module):
         """residual + dropout(x), both [b, s, h]."""
         if not self.drops(micro_batch):
             return x if residual is None else x + residual
+        if micro_batch.rows is not None:
+            return ops.dropout_add_rows(x, residual, self.probability, micro_batch.rng, self.site, micro_batch.rows)
         return ops.dropout_add(x, residual, self.probability, micro_batch.rng, self.site)
 
 
@@ -297,7 +309,8 @@ class Attention(nn.Module):
         if self.heads_a_group == 1:
             return qkv.unbind(3)
         heads, keys, values = qkv.split((self.heads_a_group, 1, 1), dim=3)
-        return heads.flatten(2, 3), keys.squeeze(3), values.squeeze(3)
+        # The heads of a group cannot be a view; keys and values as views would keep all of qkv beside that copy until backward.
+        return heads.flatten(2, 3), keys.squeeze(3).contiguous(), values.squeeze(3).contiguous()
 
 
 class MLP(nn.Module):
