@@ -111,6 +111,8 @@ CASES = [
     Case(cp=2, dropout=0.1, documents="reset"),
     Case(cp=4, zero=1, documents="eod"),
     Case(cp=2, cp_method="all-to-all", dropout=0.1, documents="reset"),
+    Case(recompute="selective", dropout=0.1, attention="sdpa", micro_batches=3),
+    Case(tp=2, pp=2, recompute="full", partition=True, offload="activations", micro_batches=3, dropout=0.1),
 ]
 SCALED = {"precision": "fp16", "scale": 2.0**11}
 
