@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import typer
 
 from megactl import __version__
 from megactl.commands.common import emit_json, say
+from megactl.commands.typer_app import App, Row
 from megactl.errors import BuildError, ConfigError, MegactlError
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
-
-
-@dataclass(frozen=True)
-class Row:
-    """One command: where it lives ("module:attribute", a function or a Typer app) and its line in `megactl --help`."""
-
-    target: str
-    help: str
 
 
 COMMANDS: dict[str, Row] = {
@@ -36,9 +27,9 @@ COMMANDS: dict[str, Row] = {
     "checkpoint": Row("megactl.commands.checkpoint:app", "Look into checkpoints, of megactl and of other systems."),
     "parse-logs": Row("megactl.commands.parse_logs:parse_logs", "A table, curves and comparisons out of training logs."),
     "report": Row("megactl.commands.report:report", "A page with plots of a run."),
-    "slurm": Row("megactl.commands.slurm:app", "Write, check and submit Slurm scripts."),
+    "slurm": Row("megactl.commands.slurm:COMMANDS", "Write, check and submit Slurm scripts."),
     "doctor": Row("megactl.commands.doctor:doctor", "Is this machine, or every node of a job, fit to train?"),
-    "bench": Row("megactl.commands.bench:app", "Time the compiled operators beside torch's."),
+    "bench": Row("megactl.commands.bench:app", "Time operators beside torch's, and training under several sets of options."),
 }
 
 # What brings a package that only some commands need.
@@ -85,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    name = _command_in(_completion_words(os.environ) or arguments)
+    words = _completion_words(os.environ) or arguments
+    name = _command_in(words)
     if name is not None and name not in COMMANDS and not _completion_words(os.environ):
         raise _unknown_command(name)
-    app = build_app(name)
-    result = app(args=arguments or ["--help"], prog_name="megactl", standalone_mode=False)
+    result = build_app(words)(args=arguments or ["--help"], prog_name="megactl", standalone_mode=False)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 
@@ -105,16 +96,16 @@ def _completion_words(environ: Mapping[str, str]) -> list[str]:
 
 
 def _unknown_command(name: str) -> MegactlError:
-    from megactl.config.settings import nearest
+    from megactl.config.names import nearest
 
     close = nearest(name, COMMANDS)
     hint = f"did you mean `megactl {close}`?" if close else f"use one of {', '.join(COMMANDS)}"
     return MegactlError(f"no such command: {name}", hint)
 
 
-def build_app(name: str | None = None) -> typer.Typer:
-    """The Typer app with every command listed; only `name` is imported, the others are stand-ins that carry their help line."""
-    app = typer.Typer(
+def build_app(words: Sequence[str] = ()) -> App:
+    """The Typer app with every command listed; only the one that `words` (as typed) name is imported, and of a group only its command."""
+    app = App(
         name="megactl",
         help=_HELP,
         epilog=_EPILOG,
@@ -123,28 +114,8 @@ def build_app(name: str | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["--help", "-h"]},
     )
     app.callback()(_root)
-    for command, row in COMMANDS.items():
-        _attach(app, command, row, _load(row) if command == name else None)
+    app.attach_rows(COMMANDS, list(words))
     return app
-
-
-def _load(row: Row) -> Any:
-    module, _, attribute = row.target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def _attach(app: typer.Typer, command: str, row: Row, target: Any) -> None:
-    if isinstance(target, typer.Typer):
-        app.add_typer(target, name=command)
-    elif target is None:
-        app.command(command, help=row.help)(_stand_in)
-    else:
-        # A command may carry Typer's own options for itself (its epilog, its context settings).
-        app.command(command, **getattr(target, "command_options", {}))(target)
-
-
-def _stand_in() -> None:
-    raise AssertionError("a command that was not imported cannot run")
 
 
 def _version(value: bool) -> None:

@@ -93,8 +93,8 @@ def arguments(command: str) -> list[str]:
 
 
 @cache
-def command_tree(name: str) -> Any:
-    return typer.main.get_command(build_app(name)).commands[name]
+def command_tree(*words: str) -> Any:
+    return typer.main.get_command(build_app(words)).commands[words[0]]
 
 
 def mistakes(words: list[str]) -> str | None:
@@ -103,7 +103,7 @@ def mistakes(words: list[str]) -> str | None:
         return None
     if words[0] not in COMMANDS:
         return f"no command {words[0]}"
-    command, rest = command_tree(words[0]), words[1:]
+    command, rest = command_tree(*words[:2]), words[1:]
     while hasattr(command, "commands"):
         if not rest or rest[0] == "--help":
             return None

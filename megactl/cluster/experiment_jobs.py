@@ -1,101 +1,65 @@
-"""From a point of an experiment to a job: its settings over the user's, and a plain word about what this version cannot run."""
+"""From a point of an experiment to a job: its settings over the user's, and what a point does without, said in its script."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from megactl.cluster.experiments import COMMON, GPUS_PER_NODE, Experiment, Row, experiments
+from megactl.cluster.experiments import COMMON, GPUS_PER_NODE, Experiment, Row
 from megactl.cluster.job import Job, job_of
 from megactl.cluster.load import LoadedCluster
 from megactl.cluster.settings import SECTION, slurm_settings
 from megactl.config.load import Loaded
-from megactl.config.settings import all_settings, names_by_alias, nearest, replace
+from megactl.config.names import nearest
+from megactl.config.settings import all_settings, names_by_alias, replace
 from megactl.errors import ConfigError, Problem
 
-# Fields of a row whose setting train may not have, and how the setting is called. A field of None or False needs nothing.
-_OPTIONAL = {"recompute": "recompute", "vpp": "vpp", "scatter_gather": "scatter_gather"}
-
-
-@dataclass(frozen=True)
-class Need:
-    """A setting that a point needs. `available`: this version has it. `varied`: the experiment is about it."""
-
-    name: str
-    value: Any
-    available: bool
-    varied: bool
-
-    @property
-    def text(self) -> str:
-        """As train would spell it."""
-        return f"--{self.name.replace('_', '-')}" + ("" if self.value is True else f" {self.value}")
+# What --without may name.
+TECHNIQUES = ("recompute", "vpp", "scatter_gather")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A point: its job, or what it needs and this version has not. `without`: needs that the user gave up."""
+    """A point and its job. `without`: techniques of the paper's run that the user gave up."""
 
     row: Row
-    job: Job | None
-    missing: tuple[Need, ...]
+    job: Job
     without: tuple[str, ...]
-
-
-def needs(experiment: Experiment, row: Row) -> list[Need]:
-    """The settings beyond the plain ones that a point has."""
-    values = {"recompute": row.recompute and "full", "vpp": row.vpp > 1 and row.vpp, "scatter_gather": row.scatter_gather}
-    return [Need(name, value, name in names_by_alias(), name in experiment.varied) for name, value in values.items() if value]
-
-
-def find_experiment(name: str) -> Experiment:
-    """The experiment called `name`. Raises ConfigError with the nearest name."""
-    found = experiments().get(name)
-    if found is None:
-        close = nearest(name, experiments())
-        instead = f"did you mean {close}?" if close else f"use one of {', '.join(experiments())}"
-        raise ConfigError([Problem(f"--experiment {name}", "no such experiment", instead)])
-    return found
 
 
 def prepare_points(experiment: Experiment, loaded: Loaded, cluster: LoadedCluster, *, without: Sequence[str] = ()) -> list[Prepared]:
     """Every point of an experiment, checked. Raises ConfigError holding every mistake, one that all points share once."""
-    rules = [*_fixed(experiment, loaded, cluster), *_without_problems(experiment, without)]
+    rules = [*_fixed(experiment, loaded, cluster, without), *_without_problems(experiment, without)]
     if rules:
         raise ConfigError(rules)
     found: list[Prepared] = []
     mistakes: dict[Problem, list[str]] = {}
-    tried = 0
     for row in experiment.rows:
-        wanted = [need for need in needs(experiment, row) if need.name not in without or need.varied]
-        missing = tuple(need for need in wanted if not need.available)
-        given_up = tuple(need.name for need in needs(experiment, row) if need not in wanted)
-        if missing:
-            found.append(Prepared(row, None, missing, given_up))
-            continue
-        tried += 1
+        given_up = tuple(name for name in row.techniques() if name in without)
         try:
-            found.append(Prepared(row, _job(experiment, row, wanted, given_up, loaded, cluster), (), given_up))
+            found.append(Prepared(row, _job(experiment, row, given_up, loaded, cluster), given_up))
         except ConfigError as error:
             for problem in error.problems:
-                mistakes.setdefault(problem, []).append(row.point)
+                # The origin of a value names its point, which would keep a mistake that all points share from being one.
+                shared = dataclasses.replace(problem, where=problem.where.replace(_origin(experiment, row), experiment.name))
+                mistakes.setdefault(shared, []).append(row.point)
     if mistakes:
-        raise ConfigError([_of_points(problem, points, tried) for problem, points in mistakes.items()])
+        raise ConfigError([_of_points(problem, points, len(experiment.rows)) for problem, points in mistakes.items()])
     return found
 
 
-def _of_points(problem: Problem, points: list[str], tried: int) -> Problem:
-    if len(points) == tried:
+def _of_points(problem: Problem, points: list[str], all_points: int) -> Problem:
+    if len(points) == all_points:
         return problem
     return Problem(f"{', '.join(points)}: {problem.where}", problem.rule, problem.instead)
 
 
-def _fixed(experiment: Experiment, loaded: Loaded, cluster: LoadedCluster) -> Iterator[Problem]:
+def _fixed(experiment: Experiment, loaded: Loaded, cluster: LoadedCluster, without: Sequence[str]) -> Iterator[Problem]:
     """The user may change what all points have in common, but not what makes them points."""
     rule, instead = f"is what {experiment.name} sets", "leave it out"
     own = {name for row in experiment.rows for name in row.settings()}
+    own |= {names_by_alias()[name] for row in experiment.rows for name in row.techniques() if name not in without}
     for name in all_settings():
         if name in own and loaded.is_set(name):
             yield Problem(f"{all_settings()[name].flag} ({loaded.origins[name]})", rule, instead)
@@ -116,20 +80,22 @@ def _fixed(experiment: Experiment, loaded: Loaded, cluster: LoadedCluster) -> It
 
 def _without_problems(experiment: Experiment, without: Sequence[str]) -> Iterator[Problem]:
     for name in without:
-        if name not in _OPTIONAL:
-            close = nearest(name, _OPTIONAL)
-            yield Problem(f"--without {name}", "no such part", f"did you mean {close}?" if close else f"use one of {', '.join(_OPTIONAL)}")
+        if name not in TECHNIQUES:
+            close = nearest(name, TECHNIQUES)
+            yield Problem(f"--without {name}", "no such part", f"did you mean {close}?" if close else f"use one of {', '.join(TECHNIQUES)}")
         elif name in experiment.varied:
             rule = f"is what {experiment.name} compares, so a point without it would be another point"
             yield Problem(f"--without {name}", rule, "leave it out: the points that do without are rendered")
 
 
-def _job(
-    experiment: Experiment, row: Row, wanted: Collection[Need], given_up: Sequence[str], loaded: Loaded, cluster: LoadedCluster
-) -> Job:
-    values = {name: value for name, value in COMMON.items() if not loaded.is_set(name)}
-    values |= row.settings() | {names_by_alias()[need.name]: need.value for need in wanted}
-    origins = {**loaded.origins, **{name: f"{experiment.name} {row.point}" for name in values}}
+def _origin(experiment: Experiment, row: Row) -> str:
+    return f"{experiment.name} {row.point}"
+
+
+def _job(experiment: Experiment, row: Row, given_up: Sequence[str], loaded: Loaded, cluster: LoadedCluster) -> Job:
+    values = {name: value for name, value in COMMON.items() if not loaded.is_set(name)} | row.settings()
+    values |= {names_by_alias()[name]: value for name, value in row.techniques().items() if name not in given_up}
+    origins = {**loaded.origins, **{name: _origin(experiment, row) for name in values}}
     slurm = dataclasses.replace(
         cluster.slurm, nodes=row.gpus // (cluster.slurm.gpus_per_node or GPUS_PER_NODE), job_name=job_name(experiment, row)
     )

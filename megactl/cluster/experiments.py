@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megactl.config.names import nearest
+from megactl.errors import ConfigError, Problem
+
 GPUS_PER_NODE = 8
 
 # What all points have in common, by the settings of train.
@@ -78,6 +81,12 @@ class Row:
         """Every parameter, those that follow from others included."""
         return {**asdict(self), "dp": self.dp, "gpus": self.gpus, "vpp": self.vpp}
 
+    def techniques(self) -> dict[str, Any]:
+        """The settings beyond the plain ones, as train names them, and their values: what --without may leave out."""
+        found = {"recompute": "full" if self.recompute else None, "vpp": self.vpp if self.vpp > 1 else None}
+        found |= {"scatter_gather": self.scatter_gather}
+        return {name: value for name, value in found.items() if value is not None}
+
     def settings(self) -> dict[str, Any]:
         """The parameters that are settings of train, by their dotted names."""
         return {
@@ -107,6 +116,16 @@ class Experiment:
 def experiments() -> dict[str, Experiment]:
     """Every experiment by its name, in the paper's order."""
     return {item.name: item for item in (_table_1(), *_figures())}
+
+
+def find_experiment(name: str) -> Experiment:
+    """The experiment called `name`. Raises ConfigError with the nearest name."""
+    found = experiments().get(name)
+    if found is None:
+        close = nearest(name, experiments())
+        instead = f"did you mean {close}?" if close else f"use one of {', '.join(experiments())}"
+        raise ConfigError([Problem(f"--experiment {name}", "no such experiment", instead)])
+    return found
 
 
 def _table_1() -> Experiment:

@@ -12,7 +12,8 @@ from megactl.cluster.settings import PAIRS, SECTION, Slurm, defaults, is_list, s
 from megactl.cluster.slurm_options import options
 from megactl.config.coerce import CoercionError, coerce
 from megactl.config.load import Layers, shown_value
-from megactl.config.settings import Setting, nearest, normal
+from megactl.config.names import nearest, normal
+from megactl.config.settings import Setting
 from megactl.config.toml_file import TomlFile, read_toml
 from megactl.errors import ConfigError, Problem
 

@@ -6,7 +6,7 @@ import re
 
 from megactl.cluster.quoting import Place, broken_rule, shown
 from megactl.cluster.slurm_options import PYXIS, Tool, options
-from megactl.config.settings import nearest
+from megactl.config.names import nearest
 from megactl.errors import Problem
 
 # Options that the script rests on, and what sets each.

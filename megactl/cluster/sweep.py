@@ -12,7 +12,8 @@ from megactl.cluster.job import Point
 from megactl.cluster.quoting import broken_rule, shown
 from megactl.config.coerce import CoercionError, coerce
 from megactl.config.load import Loaded
-from megactl.config.settings import Setting, all_settings, names_by_alias, nearest, normal, replace
+from megactl.config.names import nearest, normal
+from megactl.config.settings import Setting, all_settings, names_by_alias, replace
 from megactl.errors import ConfigError, Problem
 
 # Slurm's own bound is MaxArraySize, 1001 unless a site sets another.

@@ -33,10 +33,15 @@ ARCHITECTURE = (
     "model.num_layers",
     "model.hidden_size",
     "model.num_heads",
+    "model.kv_heads",
     "model.ffn_size",
     "model.vocab_size",
     "model.max_positions",
+    "model.position_embedding",
+    "model.normalization",
     "model.norm_position",
+    "model.activation",
+    "model.bias",
     "model.sentence_head",
     "model.untie_embeddings",
     "training.seq_length",
@@ -50,6 +55,7 @@ _MOST = {
     "model.num_layers": 10**5,
     "model.hidden_size": 10**7,
     "model.num_heads": 10**6,
+    "model.kv_heads": 10**6,
     "model.ffn_size": 10**8,
     "model.vocab_size": 10**9,
     "model.max_positions": 10**9,
@@ -64,7 +70,7 @@ _MOST = {
 _HELP = {
     "model.num_layers": "Transformer layers",
     "model.hidden_size": "Width of the residual stream",
-    "model.num_heads": "Attention heads (they change neither parameters nor FLOPs)",
+    "model.num_heads": "Attention heads (they change neither parameters nor FLOPs, unless they share keys and values)",
     "model.vocab_size": "Tokens in the vocabulary, before padding",
     "training.micro_batch_size": "Sequences in one forward pass of one replica",
     "training.global_batch_size": "Sequences in one optimizer step",
@@ -187,19 +193,24 @@ def _unknown(loaded: Loaded) -> Iterator[Problem]:
     for name in _NEEDED:
         if loaded.origins[name] == "default":
             yield Problem(all_settings()[name].flag, "is not set, and the model's size depends on it", "give it, or --preset NAME")
+    if loaded.run.model.kv_heads is not None and loaded.origins["model.num_heads"] == "default":
+        rule = f"is not set, and how wide --kv-heads {loaded.run.model.kv_heads} are depends on it"
+        yield Problem(all_settings()["model.num_heads"].flag, rule, "give it, or leave --kv-heads out")
     if loaded.run.model.vocab_size is None:
         preset = f"preset {loaded.run.preset} takes its tokenizer's" if loaded.run.preset else "the embedding's size depends on it"
         yield Problem("--vocab", f"is not set, and {preset}", "give --vocab N, such as 50257 for GPT-2's")
 
 
 def _with_heads(request: Request) -> Request:
-    """The number of heads changes neither parameters nor FLOPs; where it is not given, it only has to divide the width."""
+    """Heads with keys of their own change neither parameters nor FLOPs; a number that is not given only has to divide the width."""
     from megactl.config.settings import replace
 
     hidden, name = request.run.model.hidden_size, "model.num_heads"
     if request.is_set(name) or hidden < 1:
         return request
-    heads = hidden // _HEAD_WIDTH if hidden % _HEAD_WIDTH == 0 else hidden
+    # RoPE turns pairs of elements.
+    pair = 2 if request.run.model.position_embedding == "rope" and hidden % 2 == 0 else 1
+    heads = hidden // _HEAD_WIDTH if hidden % _HEAD_WIDTH == 0 else hidden // pair
     return Request(replace(request.run, {name: heads}), {**request.origins, name: _ASSUMED}, request.named)
 
 

@@ -1,4 +1,4 @@
-"""`megactl bench`: the operators megactl compiles, timed beside torch's."""
+"""`megactl bench`: the operators megactl compiles, timed beside torch's; its other benches are added here."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megactl.commands.bench_recompute import recompute
+from megactl.commands.bench_train import train
 from megactl.commands.common import emit_json, say
 from megactl.commands.tables import markdown_table, show_table
+from megactl.commands.typer_app import App
 from megactl.errors import ConfigError, MegactlError, Problem
 
 if TYPE_CHECKING:
     from megactl.engine.bench import Plan, Row
 
-app = typer.Typer(help="Time the compiled operators beside torch's.", no_args_is_help=True)
+app = App(help="Time operators beside torch's, and training under each strategy of recomputation.")
+app.command("recompute")(recompute)
+app.command("train", **train.command_options)(train)
 
 _HEADER = ("operator", "direction", "size", "shape", "type", "megactl", "eager", "compile", "copy")
 _HEADER += ("GB/s", "of copy", "against torch", "verdict")
 _DEVICES, _DTYPES = ("auto", "cpu", "cuda"), ("fp32", "bf16", "fp16", "fp64")
 EXIT_INTERRUPTED = 130
-
-
-@app.callback()
-def _root() -> None:
-    """Typer makes a command of a lone function; this keeps `megactl bench ops` two words."""
 
 
 @app.command("ops")

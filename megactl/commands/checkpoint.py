@@ -10,6 +10,7 @@ import typer
 
 from megactl.commands.architecture_options import ARCHITECTURE, Request, read_request, with_settings
 from megactl.commands.common import emit_json, printable, said_now_and_then, say
+from megactl.commands.typer_app import App
 from megactl.config.flags import all_flags
 from megactl.errors import CheckpointError, ConfigError, MegactlError, Problem
 from megactl.storage.foreign import Limits
@@ -17,7 +18,7 @@ from megactl.storage.foreign import Limits
 if TYPE_CHECKING:
     from megactl.costmodel.checkpoint import CheckpointEstimate
 
-app = typer.Typer(help="Look into checkpoints of megactl and of other systems, without loading them.", no_args_is_help=True)
+app = App(help="Look into checkpoints of megactl and of other systems, without loading them.")
 
 _LAYOUT = ("parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.data_parallel", "parallel.zero", "training.precision")
 _FAILED = 1

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megactl.commands.common import columns, emit_json, printable, said_now_and_then, say, size
+from megactl.commands.typer_app import App
 from megactl.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from megactl.storage.preprocess_state import Counts
     from megactl.storage.tokenizer_training import TrainedTokenizer
 
-app = typer.Typer(help="Turn text into token files, inspect them, train a tokenizer.", no_args_is_help=True)
+app = App(help="Turn text into token files, inspect them, train a tokenizer.")
 
 
 class TokenizerKind(StrEnum):
@@ -31,7 +32,7 @@ class TokenizerKind(StrEnum):
     wordpiece = "wordpiece"
 
 
-tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", no_args_is_help=True)
+tokenizer_app = App(help="Train a tokenizer, or look at one.")
 app.add_typer(tokenizer_app, name="tokenizer")
 
 

@@ -126,8 +126,9 @@ def _diff_problems(typed: Typed) -> list[Problem]:
 def _plot_problems(typed: Typed) -> list[Problem]:
     if typed.plot is None and typed.experiment is None:
         return []
-    from megactl.config.settings import nearest
-    from megactl.report.logs.figures import ENDINGS, EXPERIMENTS
+    from megactl.config.names import nearest
+    from megactl.report.drawing import ENDINGS
+    from megactl.report.logs.figures import EXPERIMENTS
 
     problems = []
     if typed.plot is not None and typed.plot.suffix.lower() not in ENDINGS:
@@ -147,7 +148,7 @@ def _columns(typed: Typed, problems: list[Problem]) -> tuple[str, ...]:
     if typed.columns is None:
         return ()
     from megactl.commands.parse_logs_view import COLUMNS, ITERATION_KEYS, SETS
-    from megactl.config.settings import nearest
+    from megactl.config.names import nearest
 
     known, sets = (ITERATION_KEYS, {}) if typed.per_iteration else (tuple(COLUMNS), SETS)
     chosen: list[str] = []

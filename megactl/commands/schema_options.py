@@ -26,6 +26,8 @@ def flag_annotation(flag: Flag, panel: str, help: str | None = None) -> Any:
     """What Typer shows of a flag (`help`: instead of the schema's) and takes for it: None where it was not given."""
     setting = flag.setting
     shown = {"help": help or help_text(setting), "hidden": flag.hidden, "rich_help_panel": panel, "metavar": metavar(setting)}
+    if flag.constant is not None:
+        return Annotated[bool | None, typer.Option(flag.declaration, **{**shown, "metavar": None})]
     # Numbers arrive as text, so that the loader words every mistake and all of them are reported together.
     kind = {bool: bool | None, tuple: list[str] | None}.get(setting.type, str | None)
     return Annotated[kind, typer.Option(flag.declaration, **shown)]

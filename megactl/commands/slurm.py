@@ -1,16 +1,12 @@
-"""`megactl slurm`: scripts for a Slurm cluster. The subcommands are in modules of their own."""
+"""`megactl slurm`: scripts for a Slurm cluster. The commands are in modules of their own, and only the one that was typed is imported."""
 
 from __future__ import annotations
 
-import typer
+from megactl.commands.typer_app import Row
 
-from megactl.commands.slurm_experiments import list_experiments
-from megactl.commands.slurm_lint import lint
-from megactl.commands.slurm_render import render
-from megactl.commands.slurm_submit import submit
-
-app = typer.Typer(help="Write, check and submit Slurm scripts.", no_args_is_help=True)
-app.command("render", **render.command_options)(render)
-app.command("experiments")(list_experiments)
-app.command("lint")(lint)
-app.command("submit")(submit)
+COMMANDS: dict[str, Row] = {
+    "render": Row("megactl.commands.slurm_render:render", "Write a Slurm script that runs `megactl train` with these settings."),
+    "experiments": Row("megactl.commands.slurm_experiments:list_experiments", "List the experiments of the SC21 paper, point by point."),
+    "lint": Row("megactl.commands.slurm_lint:lint", "Find known traps in batch scripts, without running them."),
+    "submit": Row("megactl.commands.slurm_submit:submit", "Submit batch scripts: first lint, then sbatch --test-only, then sbatch."),
+}

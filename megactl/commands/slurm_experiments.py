@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from megactl.cluster.load import LoadedCluster
     from megactl.config.load import Loaded
 
-EXIT_SOME_LEFT_OUT = 1
 _COLUMNS = {
     "point": "point", "layers": "layers", "hidden": "hidden", "heads": "heads", "tp": "tp", "pp": "pp", "dp": "dp", "vpp": "vpp",
     "mbs": "micro_batch_size", "gbs": "global_batch_size", "nodes": "nodes", "GPUs": "gpus",
@@ -32,7 +31,7 @@ def list_experiments(
 ) -> int:
     """List Table 1 and Figures 11 to 18 of the SC21 paper (arXiv:2104.04473): every point with its exact parameters.
 
-    The last column names what a point needs and this version has not.
+    The last column has the techniques that a point uses; `slurm render --without` leaves them out.
 
     Examples:
 
@@ -40,8 +39,7 @@ def list_experiments(
 
       megactl slurm experiments figure_13 --json
     """
-    from megactl.cluster.experiment_jobs import find_experiment
-    from megactl.cluster.experiments import experiments
+    from megactl.cluster.experiments import experiments, find_experiment
 
     chosen = [find_experiment(name) for name in names] if names else list(experiments().values())
     if as_json:
@@ -49,59 +47,54 @@ def list_experiments(
         return 0
     for experiment in chosen:
         print(f"{experiment.name}: {experiment.title}")
-        show_table([*_COLUMNS, "not here yet"], [_cells(experiment, row) for row in experiment.rows], right=range(1, len(_COLUMNS)))
+        show_table([*_COLUMNS, "with"], [_cells(row) for row in experiment.rows], right=range(1, len(_COLUMNS)))
     return 0
 
 
 def _document(experiment: Experiment) -> dict[str, Any]:
     from megactl.cluster.experiments import CLUSTER, COMMON
 
-    rows = [{**row.as_dict(), "missing": _missing(experiment, row)} for row in experiment.rows]
     return {
         "experiment": experiment.name,
         "title": experiment.title,
         "varied": list(experiment.varied),
         "common": COMMON,
         "slurm": CLUSTER,
-        "rows": rows,
+        "rows": [row.as_dict() for row in experiment.rows],
     }
 
 
-def _cells(experiment: Experiment, row: Row) -> list[str | None]:
+def _cells(row: Row) -> list[str | None]:
     values = row.as_dict()
-    return [*(str(values[field]) for field in _COLUMNS.values()), ", ".join(_missing(experiment, row)) or None]
+    flags = (_flag(name, value) for name, value in row.techniques().items())
+    return [*(str(values[field]) for field in _COLUMNS.values()), " ".join(flags) or None]
 
 
-def _missing(experiment: Experiment, row: Row) -> list[str]:
-    from megactl.cluster.experiment_jobs import needs
-
-    return [need.text for need in needs(experiment, row) if not need.available]
+def _flag(name: str, value: Any) -> str:
+    """A technique as train spells it."""
+    flag = name.replace("_", "-")
+    return f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {value}"
 
 
 def render_experiment(options: Mapping[str, Any], loaded: Loaded, cluster: LoadedCluster) -> int:
-    """Write one script a point, submit-all.sh, index.json and the folder of logs. Exit code 1 where some points could not be written."""
-    from megactl.cluster.experiment_jobs import find_experiment, prepare_points
+    """Write one script a point, submit-all.sh, index.json and the folder of logs."""
+    from megactl.cluster.experiment_jobs import prepare_points
+    from megactl.cluster.experiments import find_experiment
 
     experiment = find_experiment(options["experiment"])
     without = [name for text in options["without"] or () for name in text.split(",")]
     folder = Path(options["output_dir"] or experiment.name)
     _check_folder(folder, overwrite=options["overwrite"])
     prepared = prepare_points(experiment, loaded, cluster, without=without)
-    written = [item for item in prepared if item.job is not None]
-    left_out = [item for item in prepared if item.job is None]
-    if not written:
-        raise ConfigError([_nothing_left(experiment, left_out)])
     index = _write(experiment, prepared, folder, cluster)
-    for note in dict.fromkeys(note for item in written if item.job for note in item.job.notes):
+    for note in dict.fromkeys(note for item in prepared for note in item.job.notes):
         say(note, label="note")
-    if left_out:
-        say(f"{_left_out_text(experiment, left_out)}: {', '.join(item.row.point for item in left_out)}", label="warning")
     if options["as_json"]:
         emit_json(index)
     else:
-        print(f"{experiment.name}: {len(written)} scripts in {folder}")
+        print(f"{experiment.name}: {len(prepared)} scripts in {folder}")
         print(f"next: bash {folder}/submit-all.sh --test-only, then without --test-only")
-    return EXIT_SOME_LEFT_OUT if left_out else 0
+    return 0
 
 
 def _check_folder(folder: Path, *, overwrite: bool) -> None:
@@ -116,19 +109,6 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
         raise ConfigError([Problem(f"--output-dir {folder}", "is not empty", "choose another folder, or add --overwrite")])
 
 
-def _left_out_text(experiment: Experiment, left_out: Sequence[Prepared]) -> str:
-    missing = ", ".join(dict.fromkeys(need.text for item in left_out for need in item.missing))
-    return f"{len(left_out)} of {len(experiment.rows)} points of {experiment.name} need {missing}, which is not part of this version"
-
-
-def _nothing_left(experiment: Experiment, left_out: Sequence[Prepared]) -> Problem:
-    """All points need what is not here: what to give up, where that leaves points of the experiment."""
-    free = list(dict.fromkeys(need.name for item in left_out for need in item.missing if not need.varied))
-    stays = all(any(need.varied for need in item.missing) for item in left_out)
-    instead = None if stays or not free else f"add --without {','.join(free)}, but speed and memory will not be the paper's"
-    return Problem(f"--experiment {experiment.name}", _left_out_text(experiment, left_out), instead)
-
-
 def _write(experiment: Experiment, prepared: Sequence[Prepared], folder: Path, cluster: LoadedCluster) -> dict[str, Any]:
     import dataclasses
     import json
@@ -137,11 +117,8 @@ def _write(experiment: Experiment, prepared: Sequence[Prepared], folder: Path, c
     from megactl.commands.slurm_render import write_script
 
     log_dir = cluster.slurm.log_dir or f"{folder}/{LOGS}"
-    points, left_out = [], []
+    points = []
     for item in prepared:
-        if item.job is None:
-            left_out.append({"point": item.row.point, "missing": [need.text for need in item.missing]})
-            continue
         own = dataclasses.replace(item.job.cluster, slurm=dataclasses.replace(item.job.cluster.slurm, log_dir=log_dir))
         job = dataclasses.replace(item.job, cluster=own)
         write_script(folder / f"{job.name}.sh", render(job), overwrite=True)
@@ -155,7 +132,6 @@ def _write(experiment: Experiment, prepared: Sequence[Prepared], folder: Path, c
         "x": experiment.varied[0],
         "series": list(experiment.varied[1:]),
         "points": points,
-        "left_out": left_out,
     }
     write_script(folder / "submit-all.sh", _submit_all(experiment, points, folder, log_dir), overwrite=True)
     (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megactl.commands.common import emit_json, printable, say, wants_colour
-from megactl.config.settings import nearest
+from megactl.config.names import nearest
 from megactl.errors import ConfigError, MegactlError, Problem
 
 if TYPE_CHECKING:

@@ -121,7 +121,7 @@ _EXAMPLES = {
 
 
 def _meant(kind: str) -> str | None:
-    from megactl.config.settings import nearest
+    from megactl.config.names import nearest
 
     close = nearest(kind, FACTORS)
     return f"did you mean {close}?" if close else None

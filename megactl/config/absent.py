@@ -5,7 +5,7 @@ A misspelt name gets the nearest one; for these the nearest one would mislead (`
 
 from __future__ import annotations
 
-from megactl.config.settings import nearest, normal
+from megactl.config.names import nearest, normal
 
 _LATER = "is not part of this version"
 
@@ -56,8 +56,19 @@ ABSENT: dict[str, tuple[str, str]] = {
     "merge_file": ("is part of the tokenizer here", "use --tokenizer FOLDER, with vocab.json and merges.txt in it"),
     "tokenizer_type": ("is part of the tokenizer here", "use --tokenizer byte, a tokenizer.json, vocab.txt or .model, or a folder"),
     "tokenizer_model": ("is part of the tokenizer here", "use --tokenizer FILE.model"),
-    "swiglu": (_LATER, "the MLP is GELU: use --gelu tanh or --gelu erf"),
-    "num_query_groups": (_LATER, "leave it out: every head has its own keys and values"),
+    "group_query_attention": ("follows from the number of key and value heads here", "use --kv-heads N"),
+    "use_rotary_position_embeddings": ("is a value of --position-embedding here", "use --position-embedding rope"),
+    "use_rope_scaling": ("is a factor here", "use --rope-scaling-factor 8, as Llama 3.1 does, or 32, as 3.2"),
+    "rope_scaling": ("is a factor here", "use --rope-scaling-factor 8, as Llama 3.1 does, or 32, as 3.2"),
+    "rotary_seq_len_interpolation_factor": (_LATER, "use --rope-scaling-factor, which leaves short wavelengths alone"),
+    "rotary_interleaved": (_LATER, "leave it out: a head's two halves are turned against each other, as in Hugging Face's Llama"),
+    "kv_channels": ("follows from the model here", "leave it out: a head is hidden / heads wide"),
+    "head_dim": ("follows from the model here", "leave it out: a head is hidden / heads wide"),
+    "hidden_act": ("is called --activation here", "use --activation gelu or --activation swiglu"),
+    "hidden_activation": ("is called --activation here", "use --activation gelu or --activation swiglu"),
+    "add_qkv_bias": (_LATER, "use --bias for biases in all matrices of the layers"),
+    "qk_layernorm": (_LATER, "leave it out: queries and keys are not normalised"),
+    "rms_norm": ("is a value of --normalization here", "use --normalization rmsnorm"),
     "num_experts": (_LATER, "leave it out: models are dense"),
     "bert_no_binary_head": ("is called --no-sentence-head here", "use --no-sentence-head"),
     "bert_binary_head": ("is called --sentence-head here", "use --sentence-head"),
@@ -90,6 +101,11 @@ _CHOICES: dict[str, str] = {
     **dict.fromkeys(("roberta", "albert", "megatron_bert", "encoder"), "bert"),
     **dict.fromkeys(("post_ln", "post_layernorm", "after"), "post"),
     **dict.fromkeys(("pre_ln", "pre_layernorm", "before"), "pre"),
+    **dict.fromkeys(("learned_absolute", "absolute"), "learned"),
+    **dict.fromkeys(("rotary", "llama3"), "rope"),
+    **dict.fromkeys(("rms", "rms_norm", "root_mean_square"), "rmsnorm"),
+    **dict.fromkeys(("ln", "layer_norm"), "layernorm"),
+    **dict.fromkeys(("silu", "swish", "glu", "swi_glu"), "swiglu"),
     **dict.fromkeys(("true", "yes", "1", "on"), "auto"),
     **dict.fromkeys(("false", "no", "0", "off"), "never"),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from megactl.config.batch import parse_rampup, parse_warmup
+from megactl.config.layout import sequence_unit
 from megactl.config.memory import offload_targets
 from megactl.config.pipeline_split import SplitError, model_chunks, stage_layers
 from megactl.config.refused import refusals
@@ -18,7 +20,10 @@ _AT_LEAST: dict[str, tuple[int, str]] = {
     "model.num_layers": (1, "use 1 or more"),
     "model.hidden_size": (1, "use 1 or more"),
     "model.num_heads": (1, "use 1 or more"),
+    "model.kv_heads": (1, "leave it out for one a head"),
     "model.ffn_size": (1, "leave it out for 4 x hidden"),
+    "model.rope_original_positions": (1, "leave it out for 8192"),
+    "model.rope_scaling_factor": (1, "use 1 for none"),
     "model.vocab_size": (2, "leave it out for the tokenizer's"),
     "model.max_positions": (1, "leave it out for the sequence length"),
     "parallel.tensor_parallel": (1, "use 1 for none"),
@@ -54,7 +59,15 @@ _AT_LEAST: dict[str, tuple[int, str]] = {
     "checkpoint.keep_checkpoints": (0, "use 0 to keep all"),
     "logging.log_interval": (1, "use 1 for a line every iteration"),
 }
-_POSITIVE = ("model.init_std", "model.layernorm_epsilon", "optimizer.lr", "optimizer.epsilon")
+_POSITIVE = (
+    "model.init_std",
+    "model.layernorm_epsilon",
+    "model.rope_base",
+    "model.rope_low_frequency",
+    "model.rope_high_frequency",
+    "optimizer.lr",
+    "optimizer.epsilon",
+)
 # Open where they are None: (name, such as)
 _POSITIVE_IF_SET = {"training.initial_loss_scale": "such as 65536", "training.min_loss_scale": "such as 1"}
 _SHARES = ("model.hidden_dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2")
@@ -95,6 +108,8 @@ def _ranges(names: Names) -> Iterator[tuple[str, Problem]]:
         if not 0 <= setting.read(names.run) < 1:
             yield name, Problem(names.show(name), "must be at least 0 and below 1", f"such as {setting.default or 0.1:g}")
     yield from _mask_ranges(names)
+    if not 0 < names.run.model.rotary_percent <= 1:
+        yield "model.rotary_percent", Problem(names.show("model.rotary_percent"), "must be above 0 and at most 1", "use 1 for whole heads")
     if names.run.parallel.zero not in (None, 0, 1, 2, 3):
         yield "parallel.zero", Problem(names.show("parallel.zero"), "ZeRO has the stages 0 to 3", "use --zero 1, 2 or 3")
     if names.run.training.seed > _MAX_SEED:
@@ -162,6 +177,29 @@ def _heads(names: Names) -> Iterator[Problem]:
         yield Problem(show("model.hidden_size"), rule, f"use --hidden {hidden}, or --heads {heads}")
 
 
+def _kv_heads(names: Names) -> Iterator[Problem]:
+    model, show = names.run.model, names.show
+    if model.kv_heads is not None and model.num_heads % model.kv_heads:
+        rule = f"must divide {show('model.num_heads')}, so that each serves as many of them"
+        yield Problem(show("model.kv_heads"), rule, f"use --kv-heads {nearest_divisors(model.kv_heads, model.num_heads)}")
+
+
+def _rotary(names: Names) -> Iterator[Problem]:
+    model, show = names.run.model, names.show
+    if model.position_embedding != "rope" or model.hidden_size % model.num_heads:
+        return
+    width = model.hidden_size // model.num_heads
+    if width % 2:
+        rule = f"turns pairs of elements, and {show('model.num_heads')} leaves heads {width} wide"
+        yield Problem(show("model.position_embedding"), rule, "use --heads so that hidden / heads is even")
+    elif model.rotary_width == 0:
+        rule = f"leaves no pair of the {width} elements of a head to turn"
+        yield Problem(show("model.rotary_percent"), rule, f"use --rotary-percent {2 / width:g} or more")
+    if model.rope_low_frequency >= model.rope_high_frequency:
+        rule = f"must be below {show('model.rope_high_frequency')}"
+        yield Problem(show("model.rope_low_frequency"), rule, "leave both out for 1 and 4")
+
+
 def _positions(names: Names) -> Iterator[Problem]:
     model, seq_length, show = names.run.model, names.run.training.seq_length, names.show
     if model.max_positions is not None and seq_length > model.max_positions:
@@ -174,12 +212,46 @@ def _tensor_parallel(names: Names) -> Iterator[Problem]:
     tp = parallel.tensor_parallel
     if model.num_heads % tp:
         rule = f"must divide {show('model.num_heads')}"
-        yield Problem(show("parallel.tensor_parallel"), rule, f"use --tp {nearest_divisors(tp, model.num_heads)}")
-    ffn = model.ffn_size or 4 * model.hidden_size
+        fits = math.gcd(model.num_heads, model.key_value_heads)
+        yield Problem(show("parallel.tensor_parallel"), rule, f"use --tp {nearest_divisors(tp, fits)}")
+    elif model.num_heads % model.key_value_heads == 0 and model.key_value_heads % tp:
+        rule = f"must divide {show('model.kv_heads')}: a rank holds whole groups of heads with their keys and values"
+        instead = f"use --tp {nearest_divisors(tp, model.key_value_heads)}"
+        yield Problem(show("parallel.tensor_parallel"), rule, instead)
+    ffn = model.mlp_width
     if ffn % tp and not model.num_heads % tp:
         rule = f"must divide the width of the MLP, {ffn}"
         instead = f"use --ffn {nearest_multiples(ffn, tp)}, or --tp {nearest_divisors(tp, ffn)}"
         yield Problem(show("parallel.tensor_parallel"), rule, instead)
+
+
+def _context_parallel(names: Names) -> Iterator[Problem]:
+    run, show = names.run, names.show
+    model, parallel, length = run.model, run.parallel, run.training.seq_length
+    cp, tp = parallel.context_parallel, parallel.tensor_parallel
+    unit = sequence_unit(run, cp)
+    if length % unit:
+        chunks = f"{unit} chunks, two a rank" if unit > cp else f"{cp} parts, one a rank"
+        instead = f"use --seq-length {nearest_multiples(length, unit)}, or another --cp"
+        rule = f"cuts a sequence into {chunks}, and {show('training.seq_length')} is no multiple of {unit}"
+        yield Problem(show("parallel.context_parallel"), rule, instead)
+    if cp > 1 and parallel.context_method == "all-to-all" and not model.num_heads % tp and model.num_heads // tp % cp:
+        where = f"{show('parallel.context_parallel')} with {show('parallel.context_method')}"
+        heads = f"the {model.num_heads // tp} heads of a rank ({show('model.num_heads')}, {show('parallel.tensor_parallel')})"
+        instead = f"use --cp-method ring, or --cp {nearest_divisors(cp, model.num_heads // tp)}"
+        yield Problem(where, f"trades tokens for heads, and must divide {heads}", instead)
+
+
+def _sequence_parallel(names: Names) -> Iterator[Problem]:
+    training, parallel, show = names.run.training, names.run.parallel, names.show
+    tp, cp = parallel.tensor_parallel, parallel.context_parallel
+    if not parallel.sequence_parallel or training.micro_batch_size * training.seq_length % (tp * cp) == 0:
+        return
+    where = f"{show('training.micro_batch_size')} with {show('training.seq_length')}"
+    ranks = show("parallel.tensor_parallel") + (f" x {show('parallel.context_parallel')}" if cp > 1 else "")
+    rule = f"with {show('parallel.sequence_parallel')} the tokens of a micro-batch must be a multiple of {ranks}"
+    lengths = nearest_multiples(training.seq_length, tp * cp // math.gcd(tp * cp, training.micro_batch_size))
+    yield Problem(where, rule, f"use --seq-length {lengths}, or leave --sp out")
 
 
 def _pipeline_parallel(names: Names) -> Iterator[Problem]:
@@ -206,6 +278,32 @@ def _pipeline_split(names: Names, num_stages: int) -> Iterator[Problem]:
         stage_layers(model.num_layers, num_stages, text)
     except SplitError as error:
         yield Problem(names.show("parallel.pipeline_split"), error.rule, error.instead)
+
+
+def _recompute_layers(names: Names) -> Iterator[Problem]:
+    run, show = names.run, names.show
+    if run.memory.recompute_layers > run.model.num_layers:
+        rule = f"is more than {show('model.num_layers')}"
+        yield Problem(show("memory.recompute_layers"), rule, f"use --recompute-layers {run.model.num_layers}")
+
+
+def _tiles(names: Names) -> Iterator[Problem]:
+    """A tile is an equal share of the outputs, or the inputs, that a rank has of each matrix of a layer."""
+    model, parallel, show = names.run.model, names.run.parallel, names.show
+    tp, tile = parallel.tensor_parallel, parallel.tile
+    # Outputs of qkv, of what leads into the MLP; inputs of the two that write to the residual stream.
+    widths = {
+        "hidden": model.hidden_size,
+        "queries, keys and values": model.hidden_size // model.num_heads * (model.num_heads + 2 * model.key_value_heads),
+        "the MLP's width": model.mlp_width,
+    }
+    if any(width % tp for width in widths.values()):
+        return
+    common = math.gcd(*(width // tp for width in widths.values()))
+    if common % tile:
+        over = f" / tp {tp}" if tp > 1 else ""
+        wrong = ", ".join(f"{name}{over} = {width // tp}" for name, width in widths.items() if width // tp % tile)
+        yield Problem(show("parallel.tile"), f"must divide {wrong}", f"use --tile {nearest_divisors(tile, common)}")
 
 
 def _pair_length(names: Names) -> Iterator[Problem]:
@@ -279,9 +377,18 @@ def _evaluation(names: Names) -> Iterator[Problem]:
 # (check, the settings that must be in range for it to make sense)
 _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], ...] = (
     (_heads, ("model.hidden_size", "model.num_heads")),
+    (_kv_heads, ("model.num_heads", "model.kv_heads")),
+    (_rotary, ("model.hidden_size", "model.num_heads", "model.rotary_percent", "model.rope_low_frequency", "model.rope_high_frequency")),
     (_positions, ("model.max_positions", "training.seq_length")),
-    (_tensor_parallel, ("model.num_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
+    (_tensor_parallel, ("model.num_heads", "model.kv_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
+    (_context_parallel, ("model.num_heads", "parallel.tensor_parallel", "parallel.context_parallel", "training.seq_length")),
+    (
+        _sequence_parallel,
+        ("training.micro_batch_size", "training.seq_length", "parallel.tensor_parallel", "parallel.context_parallel"),
+    ),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel", "parallel.virtual_pipeline")),
+    (_recompute_layers, ("model.num_layers", "memory.recompute_layers")),
+    (_tiles, ("model.hidden_size", "model.num_heads", "model.kv_heads", "model.ffn_size", "parallel.tensor_parallel", "parallel.tile")),
     (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),
     (_loss_scales, ("training.initial_loss_scale", "training.min_loss_scale")),

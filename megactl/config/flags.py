@@ -23,12 +23,16 @@ PANELS = {
 
 @dataclass(frozen=True)
 class Flag:
-    """One option: `parameter` is its Python name, `declaration` what Typer takes ("--x" or "--x/--no-x"). Aliases are hidden in help."""
+    """One option: `parameter` is its Python name, `declaration` what Typer takes ("--x" or "--x/--no-x"). Aliases are hidden in help.
+
+    `constant`: the option takes no value and stands for this one, such as Megatron's --swiglu for --activation swiglu.
+    """
 
     setting: Setting
     parameter: str
     declaration: str
     hidden: bool
+    constant: str | None = None
 
     @property
     def name(self) -> str:
@@ -49,7 +53,9 @@ def flags_of(settings: Iterable[Setting]) -> Iterator[Flag]:
             if setting.type is bool and index == 0 and "/" not in declaration:
                 # The --no- form takes back what a file or a preset has set.
                 declaration = f"{declaration}/--no-{declaration.removeprefix('--')}"
-            yield Flag(setting, parameter, declaration, hidden=index > 0)
+            # An alias that is the name of a choice is a switch.
+            word = declaration.removeprefix("--")
+            yield Flag(setting, parameter, declaration, hidden=index > 0, constant=word if index and word in setting.choices else None)
 
 
 def metavar(setting: Setting) -> str | None:
@@ -83,6 +89,7 @@ def given(values: Mapping[str, Any], flags: Iterable[Flag] | None = None) -> dic
         if value is None or value == []:
             continue
         name = flag.setting.name
+        value = value if flag.constant is None else flag.constant
         typed = flag.name if value is not False else flag.declaration.partition("/")[2] or flag.name
         if name in found and found[name][1] != value:
             other = found[name]

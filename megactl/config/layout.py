@@ -106,13 +106,20 @@ def nearest_layout(run: Run, world_size: int) -> tuple[int, int, int]:
     parallel, model = run.parallel, run.model
     fitting = [
         (tp, cp, pp)
-        for tp in _divisors(model.num_heads, parallel.tensor_parallel)
+        for tp in _divisors(model.key_value_heads, parallel.tensor_parallel)
         for cp in range(1, parallel.context_parallel + 1)
+        if run.training.seq_length % sequence_unit(run, cp) == 0
         for pp in _divisors(model.num_layers, parallel.pipeline_parallel)
         if world_size % (tp * cp * pp) == 0
     ]
     tp, cp, pp = max(fitting)
     return tp, pp, cp
+
+
+def sequence_unit(run: Run, context_parallel: int) -> int:
+    """What the sequence length must be a multiple of. Under a causal ring each rank holds two chunks, so that all have the same work."""
+    causal_ring = run.parallel.context_method == "ring" and run.model.architecture == "gpt"
+    return context_parallel * (2 if causal_ring and context_parallel > 1 else 1)
 
 
 def _divisors(whole: int, largest: int) -> list[int]:

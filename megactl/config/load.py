@@ -8,9 +8,10 @@ from typing import Any
 
 from megactl.config.absent import absent
 from megactl.config.coerce import CoercionError, coerce
+from megactl.config.names import nearest, normal
 from megactl.config.presets import preset_problem, preset_values
 from megactl.config.schema import SCHEMA_VERSION, SECTIONS, Run
-from megactl.config.settings import Setting, all_settings, names_by_alias, nearest, normal, replace
+from megactl.config.settings import Setting, all_settings, names_by_alias, replace
 from megactl.config.toml_file import TomlFile, read_toml
 from megactl.errors import ConfigError, Problem
 

@@ -3,17 +3,19 @@
 Sources: gpt-345m is GPT-2 medium; gpt-1.3b is GPT-3 XL's width and depth with 16 heads; gpt-1.7b to gpt-1t are Table 1 of
 Narayanan et al., SC21, arXiv:2104.04473; gpt-52b and gpt-181b are the shapes of BigScience's GPT experiments. bert-base and
 bert-large are the published models (Devlin et al. 2019, arXiv:1810.04805; dropout apart, which presets leave alone); bert-345m is
-Megatron-LM's BERT of the second one's size.
+Megatron-LM's BERT of the second one's size. llama-1b is Llama 3.2 1B, with its scaling of RoPE; llama-8b is Llama 3 8B, before Llama 3.1
+scaled it (--rope-scaling-factor 8); both with the sequence length of their pre-training (Grattafiori et al. 2024, arXiv:2407.21783, and
+the config.json of meta-llama/Llama-3.2-1B and meta-llama/Meta-Llama-3-8B).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from megactl.config.settings import nearest
+from megactl.config.names import nearest
 from megactl.errors import Problem
 
-_GPT2_VOCAB, _SC21_VOCAB, _BERT_VOCAB = 50257, 51200, 30522
+_GPT2_VOCAB, _SC21_VOCAB, _BERT_VOCAB, _LLAMA3_VOCAB = 50257, 51200, 30522, 128256
 
 # name: (layers, hidden, heads, sequence length, vocabulary; None: the tokenizer's)
 _SHAPES: dict[str, tuple[int, int, int, int, int | None]] = {
@@ -32,6 +34,8 @@ _SHAPES: dict[str, tuple[int, int, int, int, int | None]] = {
     "gpt-310b": (96, 16384, 128, 2048, _SC21_VOCAB),
     "gpt-530b": (105, 20480, 128, 2048, _SC21_VOCAB),
     "gpt-1t": (128, 25600, 160, 2048, _SC21_VOCAB),
+    "llama-1b": (16, 2048, 32, 8192, _LLAMA3_VOCAB),
+    "llama-8b": (32, 4096, 32, 8192, _LLAMA3_VOCAB),
     "bert-tiny": (4, 128, 4, 128, None),
     "bert-base": (12, 768, 12, 512, _BERT_VOCAB),
     "bert-large": (24, 1024, 16, 512, _BERT_VOCAB),
@@ -39,7 +43,21 @@ _SHAPES: dict[str, tuple[int, int, int, int, int | None]] = {
 }
 
 _PUBLISHED_BERT = {"model.norm_position": "post", "model.gelu": "erf", "model.layernorm_epsilon": 1e-12}
-_MORE: dict[str, dict[str, Any]] = {"bert-base": _PUBLISHED_BERT, "bert-large": _PUBLISHED_BERT}
+_LLAMA3 = {
+    "model.architecture": "gpt",
+    "model.kv_heads": 8,
+    "model.position_embedding": "rope",
+    "model.rope_base": 500000.0,
+    "model.normalization": "rmsnorm",
+    "model.activation": "swiglu",
+    "model.bias": False,
+}
+_MORE: dict[str, dict[str, Any]] = {
+    "llama-1b": {**_LLAMA3, "model.ffn_size": 8192, "model.rope_scaling_factor": 32.0},
+    "llama-8b": {**_LLAMA3, "model.ffn_size": 14336, "model.untie_embeddings": True},
+    "bert-base": _PUBLISHED_BERT,
+    "bert-large": _PUBLISHED_BERT,
+}
 
 PRESETS: tuple[str, ...] = tuple(_SHAPES)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from megactl.config.memory import OFFLOADABLE
-from megactl.config.schema import Data, Run
+from megactl.config.memory import offload_targets
+from megactl.config.schema import Data, Model, Parallel, Run
 from megactl.config.shown import Names
 from megactl.errors import Problem
 
@@ -71,27 +71,139 @@ def _loss_scale_rows() -> Iterator[Refusal]:
         )
 
 
+def _idle_model_setting(name: str, needs: str, applies: Callable[[Model], bool], reason: str, instead: str) -> Refusal:
+    """A setting of the model that nothing would read, because of another one."""
+    field = Model.__dataclass_fields__[name]
+    flag = field.metadata["flags"][0]
+    return Refusal(
+        (f"model.{name}", f"model.{needs}"),
+        lambda run: applies(run.model) and getattr(run.model, name) != field.default,
+        reason,
+        f"use {instead}, or leave {flag} out",
+    )
+
+
+def _architecture_rows() -> Iterator[Refusal]:
+    """Settings that belong to one kind of positions or of MLP."""
+    learned, unscaled = "learned positions turn nothing", "without a factor no wavelength is stretched"
+    for name in ("rope_base", "rotary_percent", "rope_scaling_factor"):
+        yield _idle_model_setting(
+            name, "position_embedding", lambda model: model.position_embedding != "rope", learned, "--position-embedding rope"
+        )
+    for name in ("rope_original_positions", "rope_low_frequency", "rope_high_frequency"):
+        yield _idle_model_setting(
+            name, "rope_scaling_factor", lambda model: model.rope_scaling_factor == 1.0, unscaled, "--rope-scaling-factor 8"
+        )
+    yield _idle_model_setting("gelu", "activation", lambda model: model.activation == "swiglu", "SwiGLU has no GELU", "--activation gelu")
+
+
+def _offloaded(run: Run) -> frozenset[str]:
+    """What --offload names; nothing where it cannot be read, which is a mistake of its own."""
+    try:
+        return offload_targets(run.memory.offload)
+    except ValueError:
+        return frozenset()
+
+
+def _needs_full(name: str, given: Callable[[Run], bool], reason: str, flag: str) -> Refusal:
+    """A setting that works on the saved inputs of full recomputation."""
+    applies = lambda run: given(run) and run.memory.recompute != "full"  # noqa: E731
+    return Refusal((name, "memory.recompute"), applies, reason, f"use --recompute full, or leave {flag} out")
+
+
+_RECOMPUTE_ROWS = (
+    _needs_full(
+        "memory.recompute_method",
+        lambda run: run.memory.recompute_method != "uniform",
+        "only full recomputation has groups of layers",
+        "--recompute-method",
+    ),
+    _needs_full(
+        "memory.recompute_layers",
+        lambda run: run.memory.recompute_layers > 1,
+        "only full recomputation has groups of layers",
+        "--recompute-layers",
+    ),
+    _needs_full(
+        "memory.partition_activations",
+        lambda run: run.memory.partition_activations,
+        "only the inputs that full recomputation saves are the same on all ranks of --tp, so that each may keep a share",
+        "--partition-activations",
+    ),
+    Refusal(
+        ("memory.partition_activations", "parallel.tensor_parallel"),
+        lambda run: run.memory.partition_activations and run.parallel.tensor_parallel == 1,
+        "saved inputs are shared over the ranks of --tp, and there is one",
+        "use --tp 2 or more, or leave --partition-activations out",
+    ),
+    Refusal(
+        ("memory.partition_activations", "parallel.sequence_parallel"),
+        lambda run: run.memory.partition_activations and run.parallel.sequence_parallel,
+        "under sequence parallelism a rank's saved inputs are its own share of the tokens already",
+        "leave --partition-activations out: each rank keeps 1 / tp of them all the same",
+    ),
+    _needs_full(
+        "memory.offload",
+        lambda run: "activations" in _offloaded(run),
+        "only the inputs of recomputed layers are few enough bytes to copy beside the computing; a layer keeps 17 times as many",
+        "activations in --offload",
+    ),
+)
+
+
+def _needs_zero_3(name: str, given: Callable[[Run], bool], reason: str, flag: str) -> Refusal:
+    """A setting of how weights are shared."""
+    applies = lambda run: given(run) and run.parallel.zero in (None, 0, 1, 2)  # noqa: E731
+    return Refusal((name, "parallel.zero"), applies, reason, f"use --zero 3, or leave {flag} out")
+
+
+_ZERO_ROWS = (
+    _needs_zero_3(
+        "parallel.zero_prefetch",
+        lambda run: run.parallel.zero_prefetch != Parallel.zero_prefetch,
+        "only ZeRO 3 gathers weights, which it can do ahead of their use",
+        "--zero-prefetch",
+    ),
+    _needs_zero_3(
+        "parallel.persistence_threshold",
+        lambda run: run.parallel.persistence_threshold != Parallel.persistence_threshold,
+        "only ZeRO 3 divides the weights, of which small ones can stay whole",
+        "--persistence-threshold",
+    ),
+    _needs_zero_3(
+        "parallel.split_layers",
+        lambda run: run.parallel.split_layers,
+        "only ZeRO 3 gathers layers, which it can do by halves",
+        "--split-layers",
+    ),
+    _needs_zero_3(
+        "parallel.tile",
+        lambda run: run.parallel.tile > 1,
+        "without ZeRO 3 all tiles of a matrix are there at once: they save nothing, and small products are slower",
+        "--tile",
+    ),
+)
+
+
 def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refusal:
     return Refusal((name,), applies, "is not finished in this tree", instead)
 
 
 # Each row goes with the commit that makes its setting work.
 _UNFINISHED: tuple[Refusal, ...] = (
-    _unfinished("parallel.sequence_parallel", lambda run: run.parallel.sequence_parallel, "leave --sp out"),
-    _unfinished("parallel.context_parallel", lambda run: run.parallel.context_parallel > 1, "use --cp 1"),
-    _unfinished("parallel.schedule", lambda run: run.parallel.schedule.startswith("zb"), "use --schedule 1f1b"),
-    _unfinished("parallel.virtual_pipeline", lambda run: run.parallel.virtual_pipeline > 1, "use --vpp 1"),
-    _unfinished("parallel.zero", lambda run: run.parallel.zero in (2, 3), "use --zero 1"),
-    _unfinished("parallel.split_layers", lambda run: run.parallel.split_layers, "leave --split-layers out"),
-    _unfinished("parallel.tile", lambda run: run.parallel.tile > 1, "use --tile 1"),
-    _unfinished("memory.recompute", lambda run: run.memory.recompute != "none", "use --recompute none"),
-    _unfinished("memory.partition_activations", lambda run: run.memory.partition_activations, "leave --partition-activations out"),
-    _unfinished("memory.offload", lambda run: run.memory.offload in OFFLOADABLE, "leave --offload out"),
+    _unfinished("memory.offload", lambda run: bool(_offloaded(run) - {"activations"}), "use --offload activations"),
 )
 
 
 REFUSED: tuple[Refusal, ...] = (
     *_UNFINISHED,
+    *_ZERO_ROWS,
+    Refusal(
+        ("parallel.sequence_parallel", "parallel.tensor_parallel"),
+        lambda run: run.parallel.sequence_parallel and run.parallel.tensor_parallel == 1,
+        "the ranks of tensor parallelism share the tokens, and there is one",
+        "use --tp 2 or more, or leave --sp out",
+    ),
     Refusal(
         ("parallel.virtual_pipeline", "parallel.pipeline_parallel"),
         lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.pipeline_parallel == 1,
@@ -111,6 +223,12 @@ REFUSED: tuple[Refusal, ...] = (
         "use --schedule 1f1b, or --vpp 1",
     ),
     Refusal(
+        ("parallel.schedule", "parallel.pipeline_parallel"),
+        lambda run: run.parallel.schedule.startswith("zb") and run.parallel.pipeline_parallel == 1,
+        "no rank waits for another, so there is no bubble for weight gradients to fill",
+        "use --schedule 1f1b, or --pp 2 or more",
+    ),
+    Refusal(
         ("parallel.pipeline_split", "parallel.pipeline_parallel"),
         lambda run: run.parallel.pipeline_split is not None and run.parallel.pipeline_parallel == 1,
         "one pipeline rank holds all layers, and there is nothing to split",
@@ -127,6 +245,13 @@ REFUSED: tuple[Refusal, ...] = (
         lambda run: run.model.sentence_head is not None and run.model.architecture == "gpt",
         "only BERT is trained on sentence pairs",
         "use --model bert, or leave --sentence-head out",
+    ),
+    *_architecture_rows(),
+    Refusal(
+        ("parallel.context_method", "parallel.context_parallel"),
+        lambda run: run.parallel.context_method != "ring" and run.parallel.context_parallel == 1,
+        "each rank holds whole sequences, and attention has nothing to exchange",
+        "use --cp 2 or more, or leave --cp-method out",
     ),
     Refusal(
         ("checkpoint.load", "checkpoint.resume"),
@@ -185,6 +310,7 @@ REFUSED: tuple[Refusal, ...] = (
     *(_only_for(name, "bert", reason) for name, reason in _FOR_BERT.items()),
     *(_only_for(name, "gpt", reason) for name, reason in _FOR_GPT.items()),
     *_loss_scale_rows(),
+    *_RECOMPUTE_ROWS,
 )
 
 

@@ -34,31 +34,92 @@ class Model:
     num_layers: int = setting(12, "transformer layers", flags=("--layers", "--num-layers"))
     hidden_size: int = setting(768, "width of the residual stream", flags=("--hidden", "--hidden-size"))
     num_heads: int = setting(12, "attention heads", flags=("--heads", "--num-attention-heads"))
-    ffn_size: int | None = setting(None, "width of the MLP (default 4 x hidden)", flags=("--ffn", "--ffn-hidden-size"))
+    kv_heads: int | None = setting(
+        None, "heads of keys and values, each shared by a group of attention heads (default: as many as attention heads)",
+        flags=("--kv-heads", "--num-query-groups", "--num-key-value-heads"),
+    )  # fmt: skip
+    ffn_size: int | None = setting(
+        None, "width of the MLP (default 4 x hidden; with swiglu two thirds of it)",
+        flags=("--ffn", "--ffn-hidden-size", "--intermediate-size"),
+    )  # fmt: skip
     vocab_size: int | None = setting(
         None, "tokens in the vocabulary, before padding (default: the tokenizer's)", flags=("--vocab", "--vocab-size")
     )
     max_positions: int | None = setting(
-        None, "learned positions (default: the sequence length)", flags=("--max-positions", "--max-position-embeddings")
+        None, "longest text, and with learned positions their number (default: the sequence length)",
+        flags=("--max-positions", "--max-position-embeddings"),
+    )  # fmt: skip
+    position_embedding: str = setting(
+        "learned", "a learned vector a position, added to the token's; or rope: queries and keys turned by angles in step with it",
+        flags=("--position-embedding", "--position-embedding-type"), choices=("learned", "rope"),
+    )  # fmt: skip
+    rope_base: float = setting(10000.0, "rope: base of the wavelengths", flags=("--rope-base", "--rotary-base", "--rope-theta"))
+    rotary_percent: float = setting(1.0, "rope: share of each head's width that is turned", flags=("--rotary-percent",))
+    rope_scaling_factor: float = setting(
+        1.0, "rope: stretch long wavelengths by this factor, as Llama 3.1 (8) and 3.2 (32) do (1: none)", flags=("--rope-scaling-factor",)
+    )
+    rope_original_positions: int = setting(
+        8192, "rope scaling: positions of the model before it was stretched", flags=("--rope-original-positions",)
+    )
+    rope_low_frequency: float = setting(
+        1.0, "rope scaling: wavelengths that fit fewer times into the original positions are stretched in full",
+        flags=("--rope-low-frequency",),
+    )  # fmt: skip
+    rope_high_frequency: float = setting(
+        4.0, "rope scaling: wavelengths that fit more times into the original positions are left alone", flags=("--rope-high-frequency",)
+    )
+    normalization: str = setting(
+        "layernorm", "LayerNorm, or RMSNorm without mean and bias", flags=("--normalization",), choices=("layernorm", "rmsnorm")
     )
     norm_position: str = setting(
         "pre",
-        "LayerNorm before each branch, and once at the end; or after each residual, as in the first GPT and the published BERT",
+        "norms before each branch, and once at the end; or after each residual, as in the first GPT and the published BERT",
         flags=("--norm-position",),
         choices=("pre", "post"),
     )
     sentence_head: bool | None = setting(
         None, "pooler and head of two classes for sentence pairs (default: on for bert)", flags=("--sentence-head/--no-sentence-head",)
     )
+    activation: str = setting(
+        "gelu", "MLP: GELU between two matrices; or swiglu, SiLU of one matrix times another, then a third",
+        flags=("--activation", "--swiglu"), choices=("gelu", "swiglu"),
+    )  # fmt: skip
     gelu: str = setting("tanh", "GELU: the tanh approximation or the exact erf", flags=("--gelu",), choices=("tanh", "erf"))
+    bias: bool = setting(
+        True, "biases in the matrices of the layers", flags=("--bias/--no-bias", "--add-bias-linear/--disable-bias-linear")
+    )
     untie_embeddings: bool = setting(
         False, "give the output head its own weight", flags=("--untie-embeddings", "--untie-embeddings-and-output-weights")
     )
     hidden_dropout: float = setting(0.0, "dropout on embeddings and on each residual branch", flags=("--hidden-dropout",))
     attention_dropout: float = setting(0.0, "dropout on attention probabilities", flags=("--attention-dropout",))
     init_std: float = setting(0.02, "standard deviation of the initial weights", flags=("--init-std", "--init-method-std"))
-    layernorm_epsilon: float = setting(1e-5, "epsilon inside LayerNorm", flags=("--layernorm-epsilon", "--norm-epsilon"))
+    layernorm_epsilon: float = setting(1e-5, "epsilon inside LayerNorm and RMSNorm", flags=("--layernorm-epsilon", "--norm-epsilon"))
     attention: str = setting("auto", "attention implementation", flags=("--attention",), choices=("auto", "sdpa", "unfused"))
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP between its matrices: as set, or 4 x hidden; SwiGLU, with a matrix more, gets two thirds of that (Shazeer 2020).
+
+        Two thirds are rounded down to a multiple of 64, as Megatron-LM does, so that a cut over ranks leaves whole tiles.
+        """
+        if self.ffn_size is not None:
+            return self.ffn_size
+        if self.activation != "swiglu":
+            return 4 * self.hidden_size
+        return max(64, 8 * self.hidden_size // 3 // 64 * 64)
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values: as set, or one for each attention head."""
+        return self.num_heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Elements of each head that are turned by the position, an even number; 0 with learned positions."""
+        if self.position_embedding != "rope":
+            return 0
+        return int(self.hidden_size // self.num_heads * self.rotary_percent) // 2 * 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +127,9 @@ class Parallel:
     """How the model is spread: degrees of the mesh axes, innermost first (tp, cp, dp, pp)."""
 
     tensor_parallel: int = setting(1, "ranks that share each layer", flags=("--tp", "--tensor-model-parallel-size", "--tensor-parallel"))
-    context_parallel: int = setting(1, "ranks that share each sequence", flags=("--cp", "--context-parallel-size"))
+    context_parallel: int = setting(
+        1, "ranks that share each sequence: activations / cp, for messages in each attention", flags=("--cp", "--context-parallel-size")
+    )
     pipeline_parallel: int = setting(1, "pipeline stages", flags=("--pp", "--pipeline-model-parallel-size", "--pipeline-parallel"))
     data_parallel: int | None = setting(None, "replicas (default: world / (tp x pp x cp))", flags=("--dp", "--data-parallel"))
     sequence_parallel: bool = setting(
@@ -74,7 +137,7 @@ class Parallel:
         flags=("--sp/--no-sp", "--sequence-parallel/--no-sequence-parallel"),
     )  # fmt: skip
     context_method: str = setting(
-        "ring", "with cp: send keys and values around, or trade sequence for heads",
+        "ring", "with cp: send keys and values around, or trade tokens for heads (any length, but cp must divide heads / tp)",
         flags=("--cp-method", "--cp-comm-type"), choices=("ring", "all-to-all"),
     )  # fmt: skip
     schedule: str = setting("1f1b", "pipeline schedule", flags=("--schedule",), choices=("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v"))
@@ -90,18 +153,25 @@ class Parallel:
         flags=("--scatter-gather/--no-scatter-gather",),
     )  # fmt: skip
     zero: int | None = setting(
-        None, "ZeRO stage: what the replicas share; 1 optimizer, 2 also gradients, 3 also weights (default 1 when dp > 1)",
+        None, "ZeRO stage: what the d replicas share. Bytes a parameter in bf16: 0 nothing, 18; 1 optimizer, 6 + 12/d; 2 also gradients, "
+        "2 + 16/d, but every micro-batch reduces them; 3 also weights, 18/d, gathered twice a micro-batch (default 1 when dp x cp > 1)",
         flags=("--zero",),
     )  # fmt: skip
-    zero_prefetch: int = setting(1, "ZeRO 3: units (layers) gathered ahead of their use", flags=("--zero-prefetch",))
+    zero_prefetch: int = setting(
+        1, "ZeRO 3: units (layers) gathered ahead of their use: hides the gather, costs a unit's weights each", flags=("--zero-prefetch",)
+    )
     persistence_threshold: int = setting(
-        100_000, "ZeRO 3: parameters with fewer elements stay whole",
+        100_000, "ZeRO 3: parameters with fewer elements on a rank stay whole, as many small gathers would cost more than they save",
         flags=("--persistence-threshold", "--stage3-param-persistence-threshold"),
     )  # fmt: skip
     split_layers: bool = setting(
-        False, "ZeRO 3: gather half a layer at a time (attention, MLP)", flags=("--split-layers/--no-split-layers", "--split-transformers")
-    )
-    tile: int = setting(1, "run each matrix of a layer in N tiles; ZeRO 3 gathers one tile at a time", flags=("--tile", "--tile-factor"))
+        False, "ZeRO 3: gather half a layer at a time (attention, MLP): half the gathered bytes, twice the messages",
+        flags=("--split-layers/--no-split-layers", "--split-transformers"),
+    )  # fmt: skip
+    tile: int = setting(
+        1, "ZeRO 3: run each matrix of a layer in N tiles and gather one at a time: 1/N of a matrix's bytes, smaller products",
+        flags=("--tile", "--tile-factor"),
+    )  # fmt: skip
     bucket_size: int = setting(40_000_000, "parameters in one gradient bucket", flags=("--bucket-size", "--ddp-bucket-size"))
     overlap_grad_reduce: bool = setting(
         True, "reduce gradient buckets while backward still runs", flags=("--overlap-grad-reduce/--no-overlap-grad-reduce",)

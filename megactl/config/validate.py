@@ -11,6 +11,7 @@ from typing import Any
 from megactl.config.batch import BatchSchedule, parse_rampup, parse_warmup
 from megactl.config.checks import machine_independent
 from megactl.config.layout import Ranks, layout_problem
+from megactl.config.memory import offload_targets
 from megactl.config.schema import Run
 from megactl.config.settings import replace
 from megactl.config.shown import Names, nearest_multiples
@@ -204,7 +205,10 @@ def _derive_model(run: Run, machine: Machine) -> Iterator[Derived]:
     if machine.eod is not None:
         yield Derived("eod", machine.eod, f"end-of-document token of {machine.vocab_source}")
     if model.ffn_size is None:
-        yield Derived("model.ffn_size", 4 * model.hidden_size, f"4 x hidden {model.hidden_size}")
+        gated = f"2/3 x 4 x hidden {model.hidden_size} for SwiGLU's three matrices, a multiple of 64"
+        yield Derived("model.ffn_size", model.mlp_width, gated if model.activation == "swiglu" else f"4 x hidden {model.hidden_size}")
+    if model.kv_heads is None:
+        yield Derived("model.kv_heads", model.num_heads, f"keys and values of its own for each of the {model.num_heads} heads")
     if model.sentence_head is None and model.architecture == "bert":
         yield Derived("model.sentence_head", True, "BERT is trained on sentence pairs as well")
     if model.max_positions is None:
@@ -222,11 +226,19 @@ def _derive_layout(run: Run, machine: Machine) -> Iterator[Derived]:
         product = f"(tp {parallel.tensor_parallel} x pp {parallel.pipeline_parallel} x cp {parallel.context_parallel})"
         yield Derived("parallel.data_parallel", data_parallel, f"{machine.world_size} ranks / {product}")
     if parallel.zero is None:
-        reason = "dp > 1: each replica keeps a share of the optimizer" if data_parallel > 1 else "dp is 1: nothing to share"
-        yield Derived("parallel.zero", int(data_parallel > 1), reason)
-    elif parallel.zero == 1 and data_parallel == 1:
-        # Scripts sweep over dp with --zero 1; with one replica both stages are the same thing, so nothing is lost.
-        yield Derived("parallel.zero", 0, "--zero 1 with dp 1: one rank holds the whole optimizer, which is --zero 0")
+        # Context-parallel ranks have the same weights as well, and share the optimizer like replicas.
+        axis = "dp" if data_parallel > 1 else "cp" if parallel.context_parallel > 1 else None
+        reason = f"{axis} > 1: each replica keeps a share of the optimizer" if axis else "dp is 1: nothing to share"
+        yield Derived("parallel.zero", int(axis is not None), reason)
+    elif parallel.zero and data_parallel * parallel.context_parallel == 1 and not _streams_weights(run):
+        # Scripts sweep over dp with --zero; with one replica all stages are the same thing, so nothing is lost.
+        what = {1: "optimizer", 2: "optimizer and all gradients", 3: "model"}[parallel.zero]
+        yield Derived("parallel.zero", 0, f"--zero {parallel.zero} with dp 1: one rank holds the whole {what}, which is --zero 0")
+
+
+def _streams_weights(run: Run) -> bool:
+    """Whether weights come from host memory when they are needed, which is ZeRO 3 on a single rank as well."""
+    return "parameters" in offload_targets(run.memory.offload)
 
 
 def _derive_numbers(run: Run, machine: Machine) -> Iterator[Derived]:

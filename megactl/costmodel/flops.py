@@ -1,6 +1,6 @@
 """Floating-point operations of a GPT or BERT and the utilisation computed from them. The only place MFU is defined.
 
-Counted is what the matrix multiplies need: every weight matrix (embedding look-ups, biases, LayerNorm and GELU are not), and
+Counted is what the matrix multiplies need: every weight matrix (embedding look-ups, biases, norms, RoPE and activations are not), and
 attention's scores and values. A multiply-add is two operations; a backward takes twice its forward. Conventions, always named:
 
 * model FLOPs (MFU): forward and backward once, attention over the whole s x s square;
@@ -14,7 +14,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megactl.config.schema import Model
-from megactl.costmodel.parameters import SENTENCE_CLASSES, ffn_width, has_sentence_head, is_encoder, vocabulary
+from megactl.costmodel.parameters import (
+    SENTENCE_CLASSES,
+    ffn_width,
+    first_matrix_width,
+    has_sentence_head,
+    is_encoder,
+    key_value_width,
+    vocabulary,
+)
 from megactl.errors import ConfigError, Problem
 
 RECOMPUTE = ("none", "selective", "full")
@@ -22,13 +30,14 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 def matmul_weights(model: Model) -> dict[str, int]:
-    """Weights that multiply every token, by part (elements): qkv, attention output, both MLP matrices, head (tied or not).
+    """Weights that multiply every token, by part (elements): qkv, attention output, the MLP's matrices (SwiGLU has three), head.
 
-    BERT's head includes the dense layer before the output matrix; all tokens pass it, masked or not.
+    A tied head counts like any. BERT's head includes the dense layer before the output matrix; all tokens pass it, masked or not.
     """
     h, f, layers = model.hidden_size, ffn_width(model), model.num_layers
     head = h * vocabulary(model) + (h * h if is_encoder(model) else 0)
-    return {"qkv": layers * 3 * h * h, "attention_output": layers * h * h, "mlp": layers * 2 * h * f, "head": head}
+    qkv, mlp = h * (h + 2 * key_value_width(model)), h * (first_matrix_width(model) + f)
+    return {"qkv": layers * qkv, "attention_output": layers * h * h, "mlp": layers * mlp, "head": head}
 
 
 def sentence_weights(model: Model) -> int:
@@ -37,7 +46,10 @@ def sentence_weights(model: Model) -> int:
 
 
 def forward_flops_per_token(model: Model, seq_length: int, *, causal: bool = False) -> dict[str, int]:
-    """Forward operations for one token of a sequence of `seq_length`, by part; the parts of `matmul_weights` and `attention`."""
+    """Forward operations for one token of a sequence of `seq_length`, by part; the parts of `matmul_weights` and `attention`.
+
+    Heads that share keys and values still have their own scores, so that grouped queries change qkv alone.
+    """
     square = 2 * 2 * seq_length * model.hidden_size * model.num_layers
     weights = {part: 2 * count for part, count in matmul_weights(model).items()}
     return {**weights, "attention": square // 2 if causal and not is_encoder(model) else square}

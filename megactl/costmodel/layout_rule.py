@@ -120,7 +120,7 @@ def _candidates(model: Model, gpus: int, gpus_per_node: int) -> Iterator[tuple[i
     """The layouts the rule can give and the model can take, fewest GPUs to a replica first."""
     for model_parallel in (count for count in range(1, gpus + 1) if gpus % count == 0):
         tensor = min(model_parallel, gpus_per_node)
-        widths = (model.num_heads, model.hidden_size, ffn_width(model))
+        widths = (model.num_heads, model.key_value_heads, model.hidden_size, ffn_width(model))
         pipeline = model_parallel // tensor
         if model_parallel % tensor == 0 and not any(width % tensor for width in widths) and model.num_layers % pipeline == 0:
             yield tensor, pipeline, gpus // model_parallel

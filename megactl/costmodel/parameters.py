@@ -31,8 +31,23 @@ def has_sentence_head(model: Model) -> bool:
 
 
 def ffn_width(model: Model) -> int:
-    """Width of the MLP: as set, or 4 x hidden."""
-    return 4 * model.hidden_size if model.ffn_size is None else model.ffn_size
+    """Width of the MLP: as set, or 4 x hidden, of which SwiGLU takes two thirds."""
+    return model.mlp_width
+
+
+def key_value_width(model: Model) -> int:
+    """Width of all keys, and of all values: hidden, or less where heads share them (Ainslie et al. 2023)."""
+    return model.hidden_size * model.key_value_heads // model.num_heads
+
+
+def first_matrix_width(model: Model) -> int:
+    """Outputs of the MLP's first matrix: SwiGLU's gate and what it multiplies are made by one."""
+    return ffn_width(model) * (2 if model.activation == "swiglu" else 1)
+
+
+def norm_parameters(model: Model) -> int:
+    """Parameters of one norm: a weight, and LayerNorm's bias."""
+    return model.hidden_size * (1 if model.normalization == "rmsnorm" else 2)
 
 
 def padded_vocab(vocab: int, tp: int) -> int:
@@ -101,7 +116,7 @@ def stage_parts(
     """Parameters that one rank holds for one virtual stage, by part, with the padded vocabulary.
 
     Split over tp: matrix weights, biases of the column-parallel layers (qkv and the first MLP matrix), embedding and head rows.
-    Whole on each tp rank: LayerNorms, biases of the row-parallel layers, positions, BERT's token types and what it has before the
+    Whole on each tp rank: norms, biases of the row-parallel layers, positions, BERT's token types and what it has before the
     output matrix. With more than one stage a tied head is a second copy of the embedding on the last stage. Raises ConfigError
     where tp or the stages do not divide the model.
     """
@@ -153,6 +168,8 @@ def stage_ranks(pp: int, schedule: str = "1f1b", virtual_pipeline: int = 1) -> t
 def check_tensor_parallel(model: Model, tp: int) -> None:
     """Raise one ConfigError that names every width of the model that `tp` does not divide."""
     widths = {"num_heads": model.num_heads, "ffn_size": ffn_width(model), "hidden_size": model.hidden_size}
+    if model.key_value_heads != model.num_heads:
+        widths["kv_heads"] = model.key_value_heads
     problems = [
         Problem(f"{name} = {width}", f"must be a multiple of tensor_parallel = {tp}", f"set tensor_parallel to a divisor of {width}")
         for name, width in widths.items()
@@ -170,7 +187,9 @@ def vocabulary(model: Model) -> int:
 
 
 def learned_positions(model: Model, seq_length: int | None) -> int:
-    """Rows of the position table: as set, or the sequence length. Raises ConfigError where neither is known."""
+    """Rows of the position table: as set, or the sequence length; none with rope. Raises ConfigError where neither is known."""
+    if model.position_embedding == "rope":
+        return 0
     positions = seq_length if model.max_positions is None else model.max_positions
     if positions is None:
         rule = "is not known, and the position table's size depends on it"
@@ -182,25 +201,32 @@ def _encoder_embedding(model: Model) -> dict[str, int]:
     """What BERT's embedding has besides tokens and positions."""
     if not is_encoder(model):
         return {}
-    norm = 2 * model.hidden_size if model.norm_position == "post" else 0
+    norm = norm_parameters(model) if model.norm_position == "post" else 0
     return {"token_type_embeddings": TOKEN_TYPES * model.hidden_size, "embedding_layernorm": norm}
 
 
 def _head_parts(model: Model) -> dict[str, int]:
     """What stands between the last layer and the output matrix, and beside it. Nothing of it is split over tp."""
     h = model.hidden_size
-    parts = {"final_layernorm": 2 * h if model.norm_position == "pre" else 0}
+    parts = {"final_layernorm": norm_parameters(model) if model.norm_position == "pre" else 0}
     if is_encoder(model):
         pooler, classifier = h * h + h, SENTENCE_CLASSES * (h + 1)
-        parts |= {"mlm_head": h * h + h + 2 * h, "sentence_head": pooler + classifier if has_sentence_head(model) else 0}
+        parts |= {"mlm_head": h * h + h + norm_parameters(model), "sentence_head": pooler + classifier if has_sentence_head(model) else 0}
     return parts
 
 
 def _layer_parts(model: Model) -> dict[str, tuple[int, int]]:
     """One layer as {part: (parameters split over tp, parameters every tp rank holds whole)}."""
     h, f = model.hidden_size, ffn_width(model)
+    qkv, first, biases = h + 2 * key_value_width(model), first_matrix_width(model), int(model.bias)
     return {
-        "attention": (3 * h * h + 3 * h + h * h, h),
-        "mlp": (h * f + f + f * h, h),
-        "layernorms": (0, 4 * h),
+        "attention": (qkv * h + qkv * biases + h * h, h * biases),
+        "mlp": (h * first + first * biases + f * h, h * biases),
+        "layernorms": (0, 2 * norm_parameters(model)),
     }
+
+
+def unit_parameters(model: Model, *, tp: int, half: bool = False) -> int:
+    """Parameters of a layer on one rank, or of the larger half of one (attention, MLP, each with its norm)."""
+    parts = {part: split // tp + whole for part, (split, whole) in _layer_parts(model).items()}
+    return max(parts["attention"], parts["mlp"]) + parts["layernorms"] // 2 if half else sum(parts.values())

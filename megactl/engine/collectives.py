@@ -29,6 +29,12 @@ def all_gather(output: Tensor, tensor: Tensor, group: Group, *, async_op: bool =
     return _all_gather(output, tensor, group=group, async_op=async_op)
 
 
+def all_to_all(output: Tensor, tensor: Tensor, group: Group) -> Tensor:
+    """Send the i-th of equal pieces of `tensor` along dimension 0 to rank i; `output`, of the same shape, gets theirs in rank order."""
+    dist.all_to_all_single(output, tensor, group=group)
+    return output
+
+
 def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], group: Group | None) -> tuple[list, list]:
     """Post sends and receives (tensor, global rank) as one batch; returns (send works, receive works).
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megactl.config.schema import Parallel
+from megactl.costmodel import parameters
 from megactl.engine.collectives import Group, all_reduce, exchange
 
 AXES = ("tp", "cp", "dp", "pp")
@@ -42,20 +43,11 @@ class Mesh:
     pp: Axis = field(default_factory=Axis)
     # All ranks that hold the same weights (cp within dp): they sum their gradients and share the optimizer's state.
     replicas: Axis = field(default_factory=Axis)
-    # First and last pipeline stage of this column: the two holders of a tied embedding. None unless this rank is one of two.
+    # The ranks of this column that hold the first and the last stage, the two holders of a tied embedding. None unless this rank is
+    # one of two; a schedule that folds the stages has both on one.
     embedding: Axis | None = None
     # The whole world over gloo, for objects (checkpoint entries, agreement): None when alone.
     objects: Group | None = None
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
-        return self.pp.rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank holds the head and sees the loss."""
-        return self.pp.rank == self.pp.size - 1
 
     def coordinates(self) -> dict[str, int]:
         """This rank's index on each axis."""
@@ -94,6 +86,11 @@ def degrees(parallel: Parallel) -> dict[str, int]:
     }
 
 
+def stage_ranks(parallel: Parallel) -> tuple[int, ...]:
+    """The pipeline rank that holds each virtual stage of a run, in the order of the model."""
+    return parameters.stage_ranks(parallel.pipeline_parallel, parallel.schedule, parallel.virtual_pipeline)
+
+
 def build_mesh(parallel: Parallel, device: torch.device) -> Mesh:
     """Make the groups of every axis; every rank of the default process group must call this together.
 
@@ -109,16 +106,17 @@ def build_mesh(parallel: Parallel, device: torch.device) -> Mesh:
     axes = {name: _build_axis((name,), rank, sizes) for name in AXES}
     # A second communicator for the same ranks would cost memory and a connection for nothing.
     axes["replicas"] = axes["dp"] if sizes["cp"] == 1 else _build_axis(("cp", "dp"), rank, sizes)
-    embedding = _embedding_axis(rank, sizes)
+    stages = stage_ranks(parallel)
+    embedding = _embedding_axis(rank, sizes, (stages[0], stages[-1]))
     objects = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo")
     if device.type == "cuda":
         groups = {id(axis.group): axis.group for axis in (*axes.values(), embedding) if axis is not None and axis.group is not None}
-        _connect(list(groups.values()), axes["pp"], device)
+        _connect(list(groups.values()), (axes["pp"], axes["cp"]), device)
     return Mesh(device=device, rank=rank, world_size=world_size, **axes, embedding=embedding, objects=objects)
 
 
-def _connect(groups: list[Group], pp: Axis, device: torch.device) -> None:
-    """Make NCCL's communicators and the pipeline's connections now, each by a small transfer.
+def _connect(groups: list[Group], rings: Sequence[Axis], device: torch.device) -> None:
+    """Make NCCL's communicators and the connections between neighbours of `rings` now, each by a small transfer.
 
     NCCL makes both at first use, on the host, waiting there for the other side. In the first step that can be for ever: a stage waits
     for its neighbour to connect for a gradient, with an activation behind it in the same exchange; the neighbour loads the kernels of
@@ -126,11 +124,13 @@ def _connect(groups: list[Group], pp: Axis, device: torch.device) -> None:
     """
     for group in (None, *groups):
         all_reduce(torch.zeros(1, device=device), group)
-    if pp.size > 1:
-        after, before = pp.ranks[(pp.rank + 1) % pp.size], pp.ranks[(pp.rank - 1) % pp.size]
+    for axis in rings:
+        if axis.size == 1:
+            continue
+        after, before = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[(axis.rank - 1) % axis.size]
         sent, received = torch.zeros(2, device=device), torch.zeros(2, device=device)
         for target, source in ((after, before), (before, after)):
-            for work in exchange([(sent, target)], [(received, source)], pp.group)[1]:
+            for work in exchange([(sent, target)], [(received, source)], axis.group)[1]:
                 work.wait()
     torch.cuda.synchronize(device)
 
@@ -149,13 +149,14 @@ def _build_axis(names: Sequence[str], rank: int, sizes: dict[str, int]) -> Axis:
     return Axis(len(mine), mine.index(rank), group, tuple(mine))
 
 
-def _embedding_axis(rank: int, sizes: dict[str, int]) -> Axis | None:
-    if sizes["pp"] == 1:
+def _embedding_axis(rank: int, sizes: dict[str, int], holders: tuple[int, int]) -> Axis | None:
+    """`holders`: the pipeline ranks of the first and the last stage."""
+    if holders[0] == holders[1]:
         return None
     found = None
     columns = sorted({tuple(axis_ranks(("pp",), coordinates_of(r, sizes), sizes)) for r in range(dist.get_world_size())})
     for column in columns:
-        ends = (column[0], column[-1])
+        ends = (column[holders[0]], column[holders[1]])
         made = dist.new_group(list(ends))
         if rank in ends:
             found = Axis(2, ends.index(rank), made, ends)

@@ -1,9 +1,12 @@
 """The executor: walks the action list of this rank. Which order that is, the list alone decides (megactl.schedules).
 
 F         forward of one micro-batch on one stage; its tensors live under (stage, micro-batch) until the backward
-B         backward; the first of a step overwrites the gradient buffer, the last one lets buckets be reduced on the way
+B         backward; the first of a step overwrites the gradient buffer, the last one lets buckets be reduced on the way (from ZeRO 2
+          on each overwrites and reduces: megactl.engine.sharded_gradients)
+I, W      backward in two parts: I makes the input gradient and puts the weight gradients on a queue, W computes them
 Exchange  posted as one batch and not waited for: a receive is waited for by the action that consumes it, a send when
-          its exchange is two exchanges old (its tensor must live that long) or at the end
+          its exchange is two exchanges old (its tensor must live that long) or at the end. Between two stages of this rank
+          the tensor is handed over
 REDUCE    launches what the last backward has not launched already
 """
 
@@ -11,17 +14,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megactl.engine.boundary import Boundary
 from megactl.engine.collectives import exchange
 from megactl.engine.data.batch import Batch
+from megactl.engine.entrance import Entrance
+from megactl.engine.functional import WeightQueue
 from megactl.engine.mesh import Mesh
 from megactl.engine.models.layers import MicroBatch, Targets
 from megactl.engine.parallelize import Part
-from megactl.schedules import Action, Exchange, Kind, LoweredSchedule
+from megactl.engine.trace import Recorder
+from megactl.schedules import INPUT_GRADIENT, Action, Exchange, Kind, LoweredSchedule
 
 # Exchanges whose sends may be under way: one whose peer is computing and the one after it.
 _OPEN_EXCHANGES = 2
@@ -29,10 +38,17 @@ _OPEN_EXCHANGES = 2
 
 @dataclass
 class _Live:
-    """A micro-batch between its forward and its backward on one stage."""
+    """A micro-batch between its forward and its backward on one stage.
 
-    x: Tensor
-    y: Tensor
+    entrance: where the gradient of the stage's input arrives, to be sent. output: where backward begins. Neither the input nor the
+    output is kept here: what backward reads of them the graph holds, or host memory, or the ranks that share it. dtype: the output's.
+    deferred: where a backward in two parts leaves the second.
+    """
+
+    entrance: Entrance
+    output: GradientEdge
+    dtype: torch.dtype
+    deferred: WeightQueue | None
 
 
 @dataclass(frozen=True)
@@ -46,11 +62,12 @@ class StepInputs:
 
 
 class PipelineExecutor:
-    """Runs steps of one rank over its parts (stages)."""
+    """Runs steps of one rank over its parts (stages). `recorder`: where set, it is told when each computation ran."""
 
-    def __init__(self, parts: Sequence[Part], mesh: Mesh, *, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, parts: Sequence[Part], mesh: Mesh, *, boundary: Boundary) -> None:
         self.parts = {part.virtual_stage: part for part in parts}
-        self.mesh, self.hidden_size, self.dtype = mesh, hidden_size, dtype
+        self.mesh, self.dtype, self.boundary = mesh, boundary.dtype, boundary
+        self.recorder: Recorder | None = None
 
     def run(self, schedule: LoweredSchedule, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Execute one step; returns the model's loss sums and what each of them counts, [k] in float64, zero unless on the last stage."""
@@ -64,34 +81,48 @@ class _Step:
         self.executor, self.schedule, self.inputs = executor, schedule, inputs
         self.mesh, self.parts = executor.mesh, executor.parts
         self.live: dict[tuple[int, int], _Live] = {}
+        self.deferred: dict[tuple[int, int], WeightQueue] = {}
         self.local: dict[tuple, Tensor] = {}
+        self.masks: dict[int, Tensor | None] = {}
         self.arriving: dict[tuple, tuple[Tensor, object]] = {}
         self.outgoing: dict[tuple, Tensor] = {}
         self.open: deque[list[tuple[Tensor, object]]] = deque()
-        self.trains = any(isinstance(item, Action) and item.kind is Kind.B for item in schedule.program(self.mesh.pp.rank))
+        actions = schedule.compute_program(self.mesh.pp.rank)
+        self.trains = any(action.kind in INPUT_GRADIENT for action in actions)
+        self.split = {(action.virtual_stage, action.microbatch) for action in actions if action.kind is Kind.I}
         self.loss_sums = torch.zeros_like(inputs.loss_gradient)
         self.loss_counts = torch.zeros_like(inputs.loss_gradient)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Walk this rank's program."""
-        do: dict[Kind, Callable[[Action], None]] = {Kind.F: self._forward, Kind.B: self._backward, Kind.REDUCE: self._reduce}
         with torch.set_grad_enabled(self.trains):
             for item in self.schedule.program(self.mesh.pp.rank):
                 if isinstance(item, Exchange):
                     self._exchange(item)
+                elif item.kind is Kind.REDUCE:
+                    self.parts[item.virtual_stage].reducer.flush()
                 else:
-                    do[item.kind](item)
+                    self._compute(item)
         while self.open:
             self._finish_sends(self.open.popleft())
         return self.loss_sums, self.loss_counts
 
-    def _forward(self, action: Action) -> None:
+    def _compute(self, action: Action) -> None:
+        do: dict[Kind, Callable[[Action, Tensor | None], None]] = {
+            Kind.F: self._forward, Kind.B: self._backward, Kind.I: self._backward, Kind.W: self._weights,
+        }  # fmt: skip
+        received = self._take(action)
+        recorder = self.executor.recorder
+        with nullcontext() if recorder is None else recorder.computation(action):
+            do[action.kind](action, received)
+
+    def _forward(self, action: Action, received: Tensor | None) -> None:
         stage, m = action.virtual_stage, action.microbatch
         part, batch = self.parts[stage], self.inputs.batches[m]
-        x = batch.tokens if stage == 0 else self._take(action)
-        if stage > 0 and self.trains:
-            x.requires_grad_()
-        y = part.model(x, self._micro_batch(part, m))
+        entrance = Entrance()
+        x = batch.tokens if received is None else entrance.enter(received) if self.trains else received
+        micro_batch = self._micro_batch(part, m)
+        y = part.model(x, micro_batch)
         if stage == self.schedule.num_stages - 1:
             targets = targets_of(batch, torch.promote_types(self.executor.dtype, torch.float32))
             y = part.model.loss_sums(y, targets)
@@ -100,49 +131,73 @@ class _Step:
         else:
             self._hand_over(action, y.detach())
         if self.trains:
-            self.live[stage, m] = _Live(x, y)
+            self.live[stage, m] = _Live(entrance, get_gradient_edge(y), y.dtype, micro_batch.deferred)
 
     def _micro_batch(self, part: Part, m: int) -> MicroBatch:
         batch = self.inputs.batches[m]
-        accumulate = self.trains and m != self.schedule.first_backward(part.virtual_stage)
-        return MicroBatch(self.inputs.rng[m], batch.position_ids, attention_mask(batch), accumulate, self.inputs.dropout, batch.token_types)
+        accumulate = self.trains and part.reducer.accumulates and m != self.schedule.first_backward(part.virtual_stage)
+        return MicroBatch(
+            self.inputs.rng[m], batch.position_ids, self._mask(part.virtual_stage, m), accumulate, self.inputs.dropout, batch.token_types,
+            WeightQueue() if (part.virtual_stage, m) in self.split else None, rows=batch.rows,
+            segments=batch.block_segments,
+        )  # fmt: skip
 
-    def _backward(self, action: Action) -> None:
+    def _mask(self, stage: int, m: int) -> Tensor | None:
+        """The micro-batch's attention mask, one for all stages of this rank: with documents it is as large as a layer's scores."""
+        if m not in self.masks:
+            self.masks[m] = attention_mask(self.inputs.batches[m])
+        return self.masks.pop(m) if stage == max(self.parts) else self.masks[m]
+
+    def _backward(self, action: Action, received: Tensor | None) -> None:
         stage, m = action.virtual_stage, action.microbatch
-        last = stage == self.schedule.num_stages - 1
-        gradient = self.inputs.loss_gradient if last else self._take(action)
+        gradient = self.inputs.loss_gradient if received is None else received
         live = self.live.pop((stage, m))
+        reducer = self.parts[stage].reducer
+        reducer.defer_to(live.deferred)
+        if live.deferred is not None:
+            self.deferred[stage, m] = live.deferred
+        elif m == self.schedule.last_backward(stage):
+            reducer.arm()
+        with self.parts[stage].backward():
+            torch.autograd.backward(live.output, gradient.to(live.dtype))
+        if live.deferred is None:
+            reducer.end_micro_batch()
+        if stage > 0:
+            self._hand_over(action, live.entrance.gradient)
+
+    def _weights(self, action: Action, received: None) -> None:
+        stage, m = action.virtual_stage, action.microbatch
         if m == self.schedule.last_backward(stage):
             self.parts[stage].reducer.arm()
-        torch.autograd.backward(live.y, gradient.to(live.y.dtype))
-        if stage > 0:
-            self._hand_over(action, live.x.grad)
-
-    def _reduce(self, action: Action) -> None:
-        self.parts[action.virtual_stage].reducer.flush()
+        self.deferred.pop((stage, m)).run()
+        self.parts[stage].reducer.end_micro_batch()
 
     def _hand_over(self, action: Action, tensor: Tensor) -> None:
         """Keep a result for the exchange that sends it, or for the next stage where that is on this rank."""
         transfer = self.schedule.sent_by(action)
         if transfer is not None:
-            self.outgoing[transfer] = tensor.contiguous()
+            self.outgoing[transfer] = self.executor.boundary.to_send(tensor)
         else:
             payload, step = ("activation", 1) if action.kind is Kind.F else ("gradient", -1)
             self.local[payload, action.virtual_stage + step, action.microbatch] = tensor
 
-    def _take(self, action: Action) -> Tensor:
-        """The tensor a computation reads, waiting for it if it is on its way."""
+    def _take(self, action: Action) -> Tensor | None:
+        """The tensor of another stage that a computation reads, waiting for it if it is on its way; None where it reads none."""
         transfer = self.schedule.received_for(action)
-        if transfer is None:
-            payload = "activation" if action.kind is Kind.F else "gradient"
-            return self.local.pop((payload, action.virtual_stage, action.microbatch))
-        tensor, work = self.arriving.pop(transfer)
-        work.wait()
-        return tensor
+        if transfer is not None:
+            tensor, work = self.arriving.pop(transfer)
+            work.wait()
+            return self.executor.boundary.received(tensor, self.inputs.batches[action.microbatch].tokens.shape)
+        payload = "activation" if action.kind is Kind.F else "gradient"
+        at_the_end = action.virtual_stage == (0 if action.kind is Kind.F else self.schedule.num_stages - 1)
+        if action.kind is Kind.W or at_the_end:
+            return None
+        return self.local.pop((payload, action.virtual_stage, action.microbatch))
 
     def _exchange(self, item: Exchange) -> None:
         sends = [(self.outgoing.pop(a.transfer), a) for a in item.actions if a.kind is Kind.SEND]
-        receives = [(self._empty(a.microbatch), a) for a in item.actions if a.kind is Kind.RECV]
+        memory, batches = self.executor.boundary.to_receive, self.inputs.batches
+        receives = [(memory(batches[a.microbatch].tokens.shape), a) for a in item.actions if a.kind is Kind.RECV]
         ranks = self.mesh.pp.ranks
         send_works, receive_works = exchange(
             [(tensor, ranks[a.peer]) for tensor, a in sends], [(tensor, ranks[a.peer]) for tensor, a in receives], self.mesh.pp.group
@@ -157,10 +212,6 @@ class _Step:
     def _finish_sends(sends: list[tuple[Tensor, object]]) -> None:
         for _, work in sends:
             work.wait()
-
-    def _empty(self, m: int) -> Tensor:
-        shape = (*self.inputs.batches[m].tokens.shape, self.executor.hidden_size)
-        return torch.empty(shape, dtype=self.executor.dtype, device=self.mesh.device)
 
 
 def targets_of(batch: Batch, dtype: torch.dtype) -> Targets:

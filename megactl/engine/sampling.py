@@ -21,7 +21,7 @@ from megactl.config.settings import all_settings
 from megactl.engine import checkpoint
 from megactl.engine.checkpoint import Header, Piece
 from megactl.engine.models import GPT, MODELS
-from megactl.engine.models.layers import CoreAttention, MicroBatch
+from megactl.engine.models.layers import CoreAttention, MicroBatch, fused_attention
 from megactl.errors import CheckpointError, ConfigError, Problem, RunError
 from megactl.storage import manifest as manifests
 
@@ -145,20 +145,20 @@ def _request(manifest: manifests.Manifest, name: str, tensor: Tensor) -> Piece:
 class CachedAttention(nn.Module):
     """A `CoreAttention` that remembers keys and values: its input is the next s positions, which see themselves and all before."""
 
-    def __init__(self, core: CoreAttention, batch: int, positions: int, like: Tensor, head_dim: int) -> None:
+    def __init__(self, core: CoreAttention, batch: int, positions: int, like: Tensor, kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.scale, self.length = core.scale, 0
-        shape = (batch, core.num_heads, positions, head_dim)
+        shape = (batch, kv_heads, positions, head_dim)
         self.keys, self.values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """q, k, v [b, n, s, d] of the next s positions to [b, n, s, d]."""
+        """q [b, n, s, d] and k, v [b, g, s, d] of the next s positions to [b, n, s, d]. Keys are kept as they come, turned already."""
         start, stop = self.length, self.length + q.shape[-2]
         # is_causal lines the first query up with the first key, which holds only while the cache is empty.
         assert start == 0 or stop == start + 1, "several positions at once only from the start"
         self.keys[:, :, start:stop], self.values[:, :, start:stop], self.length = k, v, stop
         keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
-        return nn.functional.scaled_dot_product_attention(q, keys, values, is_causal=start == 0 and stop > 1, scale=self.scale)
+        return fused_attention(q, keys, values, mask=None, dropout=0.0, causal=start == 0 and stop > 1, scale=self.scale)
 
 
 class Decoder:
@@ -182,7 +182,7 @@ class Decoder:
         """Append tokens [b, s] (s > 1 only after a reset); logits [b, vocabulary] of the token that follows the last."""
         b, s = tokens.shape
         ids = torch.arange(self.length, self.length + s, device=tokens.device).expand(b, s)
-        micro_batch = MicroBatch(rng=ids.new_zeros(3), position_ids=ids, dropout=False)
+        micro_batch = self.model.positioned(MicroBatch(rng=ids.new_zeros(3), position_ids=ids, dropout=False))
         self.length += s
         x = self.model.embedding(tokens, micro_batch)
         for layer in self.model.layers.values():
@@ -197,7 +197,7 @@ def decoding(model: GPT, batch: int, positions: int) -> Iterator[Decoder]:
     """`model` (whole, on one device) with caches for `batch` sequences of `positions` tokens; as it was afterwards."""
     attentions = [layer.attention for layer in model.layers.values()]
     plain = [attention.core for attention in attentions]
-    caches = [CachedAttention(a.core, batch, positions, a.qkv.weight, a.head_dim) for a in attentions]
+    caches = [CachedAttention(a.core, batch, positions, a.qkv.weight, a.kv_heads, a.head_dim) for a in attentions]
     try:
         for attention, cache in zip(attentions, caches, strict=True):
             attention.core = cache

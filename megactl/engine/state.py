@@ -1,7 +1,8 @@
 """What a rank contributes to a checkpoint and what it needs back from one, as pieces of logical tensors.
 
 Saved once: a copy of a tied weight, or of a parameter that every tensor-parallel rank holds whole, belongs to one rank; the
-weights of equal replicas to the first; with ZeRO each replica saves its own range of the optimizer's state. Loaded by all.
+weights of equal replicas to the first; with ZeRO each replica saves its own range of the optimizer's state, and with ZeRO 3 of the
+weights. Loaded by all.
 In fp32 and fp64 the weight is its own master, so no master is saved.
 """
 
@@ -18,7 +19,7 @@ from megactl.engine.checkpoint import Header, Piece
 from megactl.engine.flat import ParameterSpec
 from megactl.engine.mesh import Mesh
 from megactl.engine.parallelize import Part
-from megactl.engine.zero import STATE_KINDS, BucketState
+from megactl.engine.zero import STATE_KINDS
 from megactl.errors import CheckpointError
 from megactl.storage.pieces import Region, clip
 
@@ -32,11 +33,18 @@ def check_fits(path: Path, header: Header, run: Run, *, optimizer: bool) -> None
     Asked before any tensor is read: a list of shapes that do not match would hide the one setting that was forgotten.
     """
     wrong = []
+    free = _FREE_SETTINGS
+    if run.model.position_embedding == "rope":
+        # No weights belong to a position: the same model may go on with longer texts.
+        free += ("max_positions",)
     for field in dataclasses.fields(Model):
         stored, wanted = header.model.get(field.name, field.default), getattr(run.model, field.name)
+        if field.name == "kv_heads" and stored is None:
+            # Written before heads could share keys and values.
+            stored = header.model.get("num_heads")
         # None: a setting of the other architecture, which is named already.
         other_family = field.name == "sentence_head" and None in (stored, wanted)
-        if field.name not in _FREE_SETTINGS and stored != wanted and not other_family:
+        if field.name not in free and stored != wanted and not other_family:
             wrong.append((field.metadata["flags"][0].partition("/")[0], wanted, stored))
     if wrong:
         shown = ", ".join(f"{flag} {wanted} (the checkpoint has {stored})" for flag, wanted, stored in wrong)
@@ -67,22 +75,18 @@ def pieces_to_load(parts: Sequence[Part], *, optimizer: bool = True) -> list[Pie
 
 
 def _all_pieces(part: Part, *, weights: bool, state: bool) -> Iterator[tuple[ParameterSpec, Piece]]:
-    kinds = [kind for kind in STATE_KINDS if kind != "master" or part.optimizer.has_master]
+    kinds = tuple(kind for kind in STATE_KINDS if kind != "master" or part.optimizer.has_master)
     for placement in part.flat.placements:
-        spec = placement.spec
-        if weights:
-            yield from _piece(spec, "weight", part.flat.params[placement.start : placement.stop], None)
+        spec, sharded = placement.spec, part.flat.buckets[placement.bucket].sharded
+        if weights and not sharded:
+            yield from _piece(spec, "weight", part.flat.in_bucket(part.flat.bucket_params, placement).view(-1), None)
         for share in part.optimizer.states if state else ():
             low, high = max(placement.start, share.start), min(placement.stop, share.stop)
             if low < high:
                 whole = (low, high) == (placement.start, placement.stop)
                 flat_range = None if whole else (low - placement.start, high - placement.start)
-                for kind in kinds:
-                    yield from _piece(spec, kind, _slice(share, kind, low, high), flat_range)
-
-
-def _slice(share: BucketState, kind: str, low: int, high: int) -> Tensor:
-    return share.part(kind)[low - share.start : high - share.start]
+                for kind in ("param", *kinds) if sharded else kinds:
+                    yield from _piece(spec, "weight" if kind == "param" else kind, share.slice_of(kind, low, high), flat_range)
 
 
 def _piece(spec: ParameterSpec, kind: str, values: Tensor, flat_range: tuple[int, int] | None) -> Iterator[tuple[ParameterSpec, Piece]]:

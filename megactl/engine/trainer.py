@@ -11,12 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megactl.config.schema import Run
@@ -25,14 +23,15 @@ from megactl.engine import checkpoint
 from megactl.engine.attention import gives_masks, preferred_attention
 from megactl.engine.data import BatchLoader, TokenDataset, build_datasets
 from megactl.engine.environment import compare_fingerprints, fingerprint, write_environment
-from megactl.engine.launch import RankContext, connect_store
+from megactl.engine.launch import RankContext
 from megactl.engine.loss_scale import SkipWatch
 from megactl.engine.mesh import build_mesh
 from megactl.engine.metrics import MetricsWriter, Step
 from megactl.engine.optimizer import learning_rate
-from megactl.engine.resilience import Limits, exit_duration_reached
+from megactl.engine.resilience import exit_duration_reached
 from megactl.engine.state import check_fits, pieces_to_load, pieces_to_save
 from megactl.engine.training_step import StepOutcome, TrainingStep
+from megactl.engine.world import joined
 from megactl.errors import CheckpointError, MegactlError, RunError
 from megactl.report.records import METRICS_FILE, read_records
 from megactl.storage import manifest
@@ -43,36 +42,8 @@ EXIT_SAVED = 75
 
 def run_rank(run: Run, resolved: Resolved, context: RankContext) -> int:
     """Train on this rank until the run is done (0) or was asked to stop (75, after a save)."""
-    device = _device(run, context)
-    if context.world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        seconds = Limits.from_environment().collective
-        store = connect_store(context, timeout=seconds)
-        dist.init_process_group(backend, store=store, rank=context.rank, world_size=context.world_size, timeout=timedelta(seconds=seconds))
-    try:
-        with preferred_attention(masked=gives_masks(run)):
-            code = Trainer(run, resolved, context, device).train()
-        with context.heartbeat.phase("end"):
-            _disconnect()
-        return code
-    except dist.DistError as error:
-        raise RunError(f"rank {context.rank} lost its connection: {error}") from error
-
-
-def _device(run: Run, context: RankContext) -> torch.device:
-    if run.training.device != "cuda":
-        return torch.device("cpu")
-    # A Slurm task may see one GPU of several: its local rank then exceeds what it sees.
-    device = torch.device("cuda", context.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return device
-
-
-def _disconnect() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    with joined(run, context) as device, preferred_attention(masked=gives_masks(run)):
+        return Trainer(run, resolved, context, device).train()
 
 
 @dataclasses.dataclass

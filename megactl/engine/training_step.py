@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 
 from megactl.config.schema import Run
-from megactl.engine.collectives import all_gather, all_reduce
+from megactl.engine.boundary import Boundary
+from megactl.engine.collectives import all_reduce
+from megactl.engine.context_parallel import SequenceShard
 from megactl.engine.data.batch import Batch
-from megactl.engine.flat import ParameterSpec
+from megactl.engine.flat import ParameterSpec, by_name
 from megactl.engine.loss_scale import LossScale
-from megactl.engine.mesh import Mesh
+from megactl.engine.mesh import Mesh, stage_ranks
 from megactl.engine.optimizer import clip_factor
 from megactl.engine.parallelize import Part, build_parts, compute_dtype, main_dtype
 from megactl.engine.pipeline import PipelineExecutor, StepInputs, targets_of
-from megactl.schedules import LoweredSchedule, build, generate, lower, validate_lowered
+from megactl.engine.zero import reduce_tied
+from megactl.schedules import LoweredSchedule, forward_only, generate, lower, validate_lowered
 
 Batches = Callable[[int], Batch]
 
@@ -56,7 +59,13 @@ class TrainingStep:
     def __init__(self, run: Run, mesh: Mesh) -> None:
         self.run, self.mesh = run, mesh
         self.parts = build_parts(run, mesh)
-        self.executor = PipelineExecutor(self.parts, mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run))
+        self.shard = SequenceShard.of(run, mesh)
+        self.stage_ranks = stage_ranks(run.parallel)
+        boundary = Boundary(
+            mesh.tp, hidden_size=run.model.hidden_size, dtype=compute_dtype(run), device=mesh.device,
+            scatter_gather=run.parallel.scatter_gather, sequence_parallel=run.parallel.sequence_parallel,
+        )  # fmt: skip
+        self.executor = PipelineExecutor(self.parts, mesh, boundary=boundary)
         self._schedules: dict[tuple[str, int], LoweredSchedule] = {}
         self.loss_scale = LossScale(run.training, mesh.device)
         self._normaliser = self._scalar(1.0, torch.float64)
@@ -83,8 +92,8 @@ class TrainingStep:
         sums, counts = self.executor.run(self._schedule(self.run.parallel.schedule, count), inputs)
         for part in self.parts:
             part.reducer.wait()
-        for part in self.parts:
-            part.optimizer.reduce_tied()
+            part.release_weights()
+        reduce_tied([part.optimizer for part in self.parts], self.mesh.embedding)
         totals = self._totals(sums, counts, stop)
         return self._update(totals, global_batch_size)
 
@@ -95,8 +104,8 @@ class TrainingStep:
 
     @property
     def _reports_loss(self) -> float:
-        """1 on the ranks whose loss counts: tensor-parallel ranks of the last stage all see the same one, so one of them reports it."""
-        return float(self.mesh.tp.rank == 0 and self.mesh.is_last_stage)
+        """1 on the ranks whose loss counts: those of the last stage, of tensor-parallel ranks, which all see the same one, the first."""
+        return float(self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.stage_ranks[-1])
 
     def _totals(self, sums: Tensor, counts: Tensor, stop: float) -> Tensor:
         """[squared norm, stop, k loss sums, k counts] over all ranks, in one reduction."""
@@ -134,6 +143,8 @@ class TrainingStep:
         pinned = self.mesh.device.type == "cuda"
         rng = torch.tensor(keys, dtype=torch.int64, pin_memory=pinned).to(self.mesh.device, non_blocking=True)
         held = [batches(index).to(self.mesh.device) for index in range(count)]
+        if self.shard is not None:
+            held = [self.shard.cut(batch, keys[2]) for batch, keys in zip(held, rng, strict=True)]
         # Evaluation starts no backward, and need not count what its losses will count anyway.
         zeros = torch.zeros(len(self.losses), dtype=torch.float64, device=self.mesh.device)
         gradient = self.loss_scale.scaled(self._loss_gradient(held, global_batch_size)) if dropout else zeros
@@ -144,8 +155,8 @@ class TrainingStep:
         if len(self.losses) == 1:
             return self._scalar(1.0 / (global_batch_size * self.run.training.seq_length), torch.float64).unsqueeze(0)
         counts = sum(self.parts[0].model.loss_counts(targets_of(batch, torch.float64)) for batch in held)
-        if self.mesh.dp.size > 1:
-            all_reduce(counts, self.mesh.dp.group)
+        if self.mesh.replicas.size > 1:
+            all_reduce(counts, self.mesh.replicas.group)
         return 1.0 / counts.clamp(min=1.0)
 
     def _seed_torch(self, iteration: int) -> None:
@@ -157,12 +168,11 @@ class TrainingStep:
     def _schedule(self, name: str, count: int) -> LoweredSchedule:
         key = (name, count)
         if key not in self._schedules:
+            ranks = self.mesh.pp.size
             if name == "forward":
-                orders = [[("F", stage, m) for m in range(count)] for stage in range(self.mesh.pp.size)]
-                plain = build(name, orders, num_microbatches=count, stage_to_rank=range(self.mesh.pp.size))
-                self._schedules[key] = lower(plain)
+                self._schedules[key] = lower(forward_only(self.stage_ranks, count))
             else:
-                lowered = lower(generate(name, num_ranks=self.mesh.pp.size, num_microbatches=count))
+                lowered = lower(generate(name, num_ranks=ranks, num_microbatches=count, chunks=len(self.stage_ranks) // ranks))
                 validate_lowered(lowered)
                 self._schedules[key] = lowered
         return self._schedules[key]
@@ -177,39 +187,11 @@ class TrainingStep:
 
     def gradients(self) -> dict[str, tuple[ParameterSpec, Tensor]]:
         """The last step's gradients before clipping, padding rows left out; collective over the replicas under ZeRO."""
-        found = {}
-        for part in self.parts:
-            grads = part.flat.grads.clone()
-            if part.optimizer.zero:
-                self._gather_shards(part, grads)
-            grads *= self._normaliser.to(grads.dtype)
-            found |= _by_name(part, grads)
-        return found
+        return self._merged(lambda part: part.optimizer.whole("grad") * self._normaliser.to(part.flat.main_dtype))
 
     def weights(self) -> dict[str, tuple[ParameterSpec, Tensor]]:
         """The parameters in the main dtype (the masters where there are any), padding rows left out; collective as `gradients` is."""
-        found = {}
-        for part in self.parts:
-            values = part.flat.params.to(part.flat.grads.dtype, copy=True)
-            if part.optimizer.has_master:
-                for state in part.optimizer.states:
-                    values[state.start : state.stop] = state.master
-                if part.optimizer.zero:
-                    self._gather_shards(part, values)
-            found |= _by_name(part, values)
-        return found
+        return self._merged(lambda part: part.optimizer.whole("master"))
 
-    def _gather_shards(self, part: Part, buffer: Tensor) -> None:
-        if self.mesh.replicas.size == 1:
-            return
-        for state in part.optimizer.states:
-            whole = buffer[state.bucket.start : state.bucket.stop]
-            all_gather(whole, buffer[state.start : state.stop].clone(), self.mesh.replicas.group)
-
-
-def _by_name(part: Part, buffer: Tensor) -> dict[str, tuple[ParameterSpec, Tensor]]:
-    found = {}
-    for placement in part.flat.placements:
-        held = tuple(slice(0, n) for n in placement.spec.held_shape)
-        found[placement.spec.name] = placement.spec, part.flat.view(buffer, placement)[held]
-    return found
+    def _merged(self, values: Callable[[Part], Tensor]) -> dict[str, tuple[ParameterSpec, Tensor]]:
+        return {name: found for part in self.parts for name, found in by_name(part.flat, values(part)).items()}

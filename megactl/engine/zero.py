@@ -1,12 +1,22 @@
-"""The optimizer's state and step, whole on every replica (ZeRO 0) or sharded over the dp axis (ZeRO 1; Rajbhandari et al. 2020).
+"""The optimizer's state and step, whole on every replica (ZeRO 0) or sharded over them (ZeRO 1 to 3; Rajbhandari et al. 2020).
 
-Bytes a parameter in bf16 with d replicas: 2 (weight) + 4 (main gradient) + 12 / d (master, two moments) = 6 + 12 / d;
-in fp32 the weight is its own master: 8 + 8 / d. After the step each rank's slice of every bucket is gathered by the others,
-one bucket while the next is updated.
+Bytes a parameter with d replicas, from one step to the next:
+
+                  weight  gradient  optimizer    bf16 and fp16     fp32
+    ZeRO 0        all     all       all          18                16
+    ZeRO 1        all     all       1 / d        6 + 12 / d        8 + 8 / d
+    ZeRO 2        all     1 / d     1 / d        2 + 16 / d        4 + 12 / d
+    ZeRO 3        1 / d   1 / d     1 / d        18 / d            16 / d
+
+A 16-bit weight takes 2, its gradient 4 (fp32), master copy and two moments 12; an fp32 weight is its own master. During a step, ZeRO 2
+adds the buckets of gradients that a backward fills (megactl.engine.sharded_gradients), ZeRO 3 the weights of the units that run
+(megactl.engine.gather). After the step each rank's slice of a bucket of whole weights is gathered by the others, one bucket while
+the next is updated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +26,17 @@ from megactl.config.schema import Optimizer
 from megactl.engine import ops
 from megactl.engine.collectives import all_gather, all_reduce
 from megactl.engine.flat import Bucket, FlatParameters, Segment
-from megactl.engine.mesh import Mesh
+from megactl.engine.mesh import Axis, Mesh
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class BucketState:
-    """This rank's share [start, stop) of a bucket. `master` is the parameter slice itself when both have one dtype."""
+    """This rank's share [start, stop) of a bucket. `master` is the parameter slice itself when both have one dtype.
+
+    `param` and `grad` are slices of the bucket's own tensors where these are whole between steps, else all there is of them.
+    """
 
     bucket: Bucket
     start: int
@@ -36,55 +49,55 @@ class BucketState:
     segments: tuple[Segment, ...]
 
     def part(self, kind: str) -> Tensor:
-        """One of STATE_KINDS, 1-d."""
+        """One of STATE_KINDS, "param" or "grad", 1-d."""
         return getattr(self, kind)
+
+    def slice_of(self, kind: str, start: int, stop: int) -> Tensor:
+        """The part of a kind in [start, stop) of the flat buffers."""
+        return self.part(kind)[start - self.start : stop - self.start]
 
 
 class ShardedOptimizer:
     """AdamW over the flat buffers of one model part."""
 
-    def __init__(self, flat: FlatParameters, mesh: Mesh, zero: int, config: Optimizer) -> None:
-        self.flat, self.mesh, self.zero, self.config = flat, mesh, zero, config
-        self.has_master = flat.params.dtype != flat.grads.dtype
-        self.states = [self._state(bucket) for bucket in flat.buckets]
-        segments = [segment for bucket in flat.buckets for segment in self._norm_segments(bucket)]
-        self._norm_parts = [flat.grads[segment.start : segment.stop] for segment in segments]
+    def __init__(self, flat: FlatParameters, mesh: Mesh, config: Optimizer) -> None:
+        self.flat, self.mesh, self.zero, self.config = flat, mesh, flat.sharing.zero, config
+        self.has_master = flat.dtype != flat.main_dtype
+        self.states = [self._state(index, bucket) for index, bucket in enumerate(flat.buckets)]
+        self._norm_parts = [
+            state.slice_of("grad", segment.start, segment.stop) for state in self.states for segment in self._norm_segments(state.bucket)
+        ]
 
-    def _state(self, bucket: Bucket) -> BucketState:
-        replicas = self.mesh.replicas
+    def _state(self, index: int, bucket: Bucket) -> BucketState:
+        replicas, flat = self.mesh.replicas, self.flat
         start, stop = bucket.shard(replicas.rank, replicas.size) if self.zero else (bucket.start, bucket.stop)
-        param, grad = self.flat.params[start:stop], self.flat.grads[start:stop]
-        master = torch.zeros_like(grad) if self.has_master else param
+        own = slice(start - bucket.start, stop - bucket.start)
+        moment = torch.zeros(stop - start, dtype=flat.main_dtype, device=flat.device)
+        param = torch.zeros_like(moment, dtype=flat.dtype) if index in flat.weight_buffers else flat.bucket_params[index][own]
+        grad = torch.zeros_like(moment) if index in flat.grad_buffers else flat.bucket_grads[index][own]
+        master = torch.zeros_like(moment) if self.has_master else param
         segments = tuple(part for segment in bucket.segments if (part := segment.within(start, stop)))
-        return BucketState(bucket, start, stop, param, grad, master, torch.zeros_like(grad), torch.zeros_like(grad), segments)
+        return BucketState(bucket, start, stop, param, grad, master, moment, torch.zeros_like(moment), segments)
 
     def _norm_segments(self, bucket: Bucket) -> list[Segment]:
         # Each replica counts its own slice, with or without ZeRO, so that the sum over all ranks counts each element once.
         start, stop = bucket.shard(self.mesh.replicas.rank, self.mesh.replicas.size)
         return [part for segment in bucket.segments if segment.counted and (part := segment.within(start, stop))]
 
-    def reduce_tied(self) -> None:
-        """Sum the two copies' gradients of a weight tied across the first and last stage (their shards, after the dp reduction)."""
-        axis = self.mesh.embedding
-        for state in self.states:
-            if state.bucket.tied and axis is not None:
-                all_reduce(state.grad, axis.group)
-
     def norm_squared(self) -> Tensor:
         """This rank's share of the squared global gradient norm, float64, 0-d."""
         if not self._norm_parts:
-            return torch.zeros((), dtype=torch.float64, device=self.flat.grads.device)
+            return torch.zeros((), dtype=torch.float64, device=self.flat.device)
         return ops.squared_norm(self._norm_parts)
 
     def step(self, *, lr: Tensor, step: Tensor, grad_scale: Tensor, skip: Tensor) -> None:
-        """Update this rank's share and bring every replica's parameters up to date. All arguments are 0-d device tensors."""
+        """Update this rank's share and bring every replica's whole weights up to date. All arguments are 0-d device tensors."""
         works = []
-        for state in self.states:
+        for index, state in enumerate(self.states):
             for segment in state.segments:
                 self._update(state, segment, lr=lr, step=step, grad_scale=grad_scale, skip=skip)
-            if self.zero and self.mesh.replicas.size > 1:
-                whole = self.flat.params[state.bucket.start : state.bucket.stop]
-                works.append(all_gather(whole, state.param, self.mesh.replicas.group, async_op=True))
+            if self.zero and self.mesh.replicas.size > 1 and not state.bucket.sharded:
+                works.append(all_gather(self.flat.bucket_params[index], state.param, self.mesh.replicas.group, async_op=True))
         for work in works:
             work.wait()
 
@@ -97,10 +110,47 @@ class ShardedOptimizer:
             weight_decay=config.weight_decay if segment.decay else 0.0, **scalars,
         )  # fmt: skip
 
-    def write_master(self, start: int, values: Tensor) -> None:
-        """Copy `values` (1-d, beginning at `start` of the flat buffers) into the masters this rank holds."""
+    def write(self, start: int, values: Tensor) -> None:
+        """Copy `values` (1-d, beginning at `start` of the flat buffers) into what this rank holds of masters and of sharded weights."""
         stop = start + values.numel()
         for state in self.states:
             low, high = max(start, state.start), min(stop, state.stop)
-            if low < high and self.has_master:
-                state.master[low - state.start : high - state.start].copy_(values[low - start : high - start])
+            if low < high:
+                part = values[low - start : high - start]
+                if self.has_master:
+                    state.slice_of("master", low, high).copy_(part)
+                if state.bucket.sharded:
+                    state.slice_of("param", low, high).copy_(part)
+
+    def whole(self, kind: str) -> Tensor:
+        """All replicas' shares of a kind ("grad", "param", or one of STATE_KINDS) in the layout of the flat buffers; collective.
+
+        Weights that are whole between steps are not gathered again: they are this replica's.
+        """
+        kind = "param" if kind == "master" and not self.has_master else kind
+        dtype = self.flat.dtype if kind == "param" else self.flat.main_dtype
+        found = torch.zeros(self.flat.total, dtype=dtype, device=self.flat.device)
+        for index, state in enumerate(self.states):
+            target = found[state.bucket.start : state.bucket.stop]
+            if kind == "param" and not state.bucket.sharded:
+                target.copy_(self.flat.bucket_params[index])
+            elif state.stop - state.start == target.numel():
+                target.copy_(state.part(kind))
+            else:
+                all_gather(target, state.part(kind), self.mesh.replicas.group)
+        return found
+
+
+def reduce_tied(optimizers: Sequence[ShardedOptimizer], embedding: Axis | None) -> None:
+    """Sum the two copies' gradients of a weight tied across the first and last stage (their shards, after the dp reduction).
+
+    `optimizers`: of this rank's stages. The copies are on two ranks, which `embedding` joins, or both here, where the schedule folds
+    the stages. Both copies get the same bits and so stay equal.
+    """
+    shares = [state.grad for optimizer in optimizers for state in optimizer.states if state.bucket.tied]
+    if len(shares) == 2:
+        first, last = shares
+        last.copy_(first.add_(last))
+    elif embedding is not None:
+        for share in shares:
+            all_reduce(share, embedding.group)

@@ -15,6 +15,7 @@ from megactl.schedules.actions import (
     assign_slots,
     build,
 )
+from megactl.schedules.forward import forward_only
 from megactl.schedules.generators import (
     GENERATORS,
     Generator,
@@ -49,6 +50,7 @@ __all__ = [
     "Transfer",
     "assign_slots",
     "build",
+    "forward_only",
     "generate",
     "lower",
     "max_live_microbatches",

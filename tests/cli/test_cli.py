@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from megactl import __version__, cli
+from megactl.commands import typer_app
 from megactl.commands.common import columns, count, emit_json, size, strict, wants_colour
 from megactl.errors import ConfigError, DataError, MegactlError, Problem, RunError
 
@@ -28,7 +29,7 @@ def failing(monkeypatch, error: BaseException):
     def command(fail: bool = True, as_json: bool = typer.Option(False, "--json")) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_load", lambda row: command)
+    monkeypatch.setattr(typer_app, "load", lambda row: command)
 
 
 def test_help_lists_every_command_and_exits_0(capsys):
@@ -123,7 +124,7 @@ def test_words_after_the_double_dash_are_left_alone(monkeypatch, capsys):
         seen.extend(words or [])
         return 3
 
-    monkeypatch.setattr(cli, "_load", lambda row: command)
+    monkeypatch.setattr(typer_app, "load", lambda row: command)
     assert cli.main(["train", "--", "--traceback", "--json"]) == 3
     assert seen == ["--traceback", "--json"]
 
@@ -131,7 +132,7 @@ def test_words_after_the_double_dash_are_left_alone(monkeypatch, capsys):
 def test_usage_errors_are_ours(monkeypatch, capsys):
     def command(number: int = typer.Option(..., "--number", "--count")) -> None: ...
 
-    monkeypatch.setattr(cli, "_load", lambda row: command)
+    monkeypatch.setattr(typer_app, "load", lambda row: command)
     for arguments, message in {
         ("--nunber", "3"): "--nunber: no such option\nhint: did you mean --number?",
         ("--number", "x"): "hint: see `megactl train --help`",

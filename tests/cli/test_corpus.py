@@ -128,7 +128,7 @@ TOGETHER = [
     ("--sp --vpp 2 --bf16", ["--sp", "--vpp", "--bf16"]),
     ("--tp 3 --pp 3 --lr -1 --iterations 0", ["--tp 3", "--pp 3", "--lr -1", "--iterations 0"]),
     ("--set a.b=1 --set lr=2 --preset nope", ["--set a.b=1", "--set lr=2", "--preset nope"]),
-    ("--beta1 2 --beta2 2 --hidden-dropout 1 --zero 5 --cp 2", ["--beta1 2", "--beta2 2", "--hidden-dropout 1", "--zero 5", "--cp 2"]),
+    ("--beta1 2 --beta2 2 --hidden-dropout 1 --zero 5 --cp 3", ["--beta1 2", "--beta2 2", "--hidden-dropout 1", "--zero 5", "--cp 3"]),
 ]
 
 

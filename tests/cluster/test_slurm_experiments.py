@@ -12,6 +12,12 @@ from pathlib import Path
 import pytest
 
 from megactl.cluster.experiments import COMMON, experiments
+from megactl.config.refused import REFUSED
+
+# Techniques of the points that this tree cannot run yet.
+UNFINISHED = {name for row in REFUSED if "not finished" in row.reason for name in row.settings} & {
+    "memory.recompute", "parallel.virtual_pipeline", "parallel.scatter_gather"
+}  # fmt: skip
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TABLE = SHARED / "sc21_experiments.md"
@@ -154,19 +160,27 @@ def test_the_list_as_json(slurm):
     assert "did you mean figure_13?" in slurm("experiments", "figur_13")[2]
 
 
-def test_what_is_not_here_yet_is_said_and_not_dropped(slurm, tmp_path, monkeypatch):
+def test_techniques_are_given_up_by_name_only(slurm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, err = slurm("render", "--experiment", "figure_13", "--mock-data")
-    assert code == 2 and "10 of 10 points of figure_13 need --recompute full" in err and "--without recompute" in err
-    assert not (tmp_path / "figure_13").exists()
-    code, out, err = slurm("render", "--experiment", "figure_12", "--mock-data", "--without", "recompute")
-    assert code == 1 and "5 of 10 points of figure_12 need --vpp 4" in err and "interleaved-gbs12" in err and "5 scripts" in out
-    index = json.loads((tmp_path / "figure_12" / "index.json").read_text())
-    assert [item["missing"] for item in index["left_out"]] == [["--vpp 4"]] * 5
+    assert slurm("render", "--experiment", "figure_13", "--mock-data", "--without", "recompute")[0] == 0
+    texts = [path.read_text() for path in (tmp_path / "figure_13").glob("figure_13-*.sh")]
+    assert len(texts) == 10 and all("goes without" in text and "--recompute" not in text for text in texts)
     code, _, err = slurm("render", "--experiment", "figure_17", "--mock-data", "--without", "recompute")
     assert code == 2 and "is what figure_17 compares" in err
-    code, _, err = slurm("render", "--experiment", "figure_17", "--mock-data")
-    assert code == 1 and "9 of 18 points" in err and len(list((tmp_path / "figure_17").glob("figure_17-no-recompute-*.sh"))) == 9
+    code, _, err = slurm("render", "--experiment", "figure_14", "--mock-data", "--recompute", "selective")
+    assert code == 2 and "--recompute (flag --recompute): is what figure_14 sets" in err
+
+
+@pytest.mark.skipif(bool(UNFINISHED), reason=f"{', '.join(sorted(UNFINISHED))} cannot run in this tree")
+@pytest.mark.parametrize("name", experiments())
+def test_a_point_has_the_techniques_of_the_paper(slurm, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = slurm("render", "--experiment", name, "--mock-data")
+    assert code == 0, err
+    for row in experiments()[name].rows:
+        text = (tmp_path / name / f"{name}-{row.point}.sh").read_text()
+        assert ("--recompute full" in text, f"--vpp {row.vpp}" in text) == (row.recompute, row.vpp > 1)
+        assert ("--no-scatter-gather" in text) == (row.scatter_gather is False)
 
 
 FIELDS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shlex
 from collections.abc import Callable
 
@@ -90,7 +91,9 @@ def holds(setting: Setting, value: str, script: str, ran) -> bool:
     directives = dict(asked(script))
     srun = [word for call in ran.of("srun") for word in call]
     if setting.name in DIRECTIVES:
-        return directives[DIRECTIVES[setting.name]].removeprefix("gpu:").partition("/%x")[0] == value.rstrip("/")
+        arrived = directives[DIRECTIVES[setting.name]].removeprefix("gpu:")
+        # The folder may itself end in /%x: only the file's name is taken off.
+        return (re.sub(r"/%x[^/]*$", "", arrived) if setting.name == "slurm.log_dir" else arrived) == value.rstrip("/")
     if setting.name == "slurm.sbatch":
         name, equals, rest = value.partition("=")
         return directives[name] == (rest if equals else None)

@@ -6,8 +6,9 @@ import pytest
 
 from megactl.config.absent import _CHOICES, ABSENT
 from megactl.config.flags import all_flags, given, help_text
+from megactl.config.names import nearest, normal
 from megactl.config.schema import SECTIONS, Run
-from megactl.config.settings import all_settings, names_by_alias, nearest, normal, replace
+from megactl.config.settings import all_settings, names_by_alias, replace
 from megactl.errors import ConfigError
 
 

@@ -50,6 +50,11 @@ RULES = [
         2,
         "must be a multiple of --micro-batch-size 2 x dp 2 = 4; use --global-batch-size 4 or 8",
     ),
+    (
+        ["parallel.context_method=all-to-all"],
+        1,
+        "--cp-method all-to-all with --cp 1 (default): each rank holds whole sequences, and attention has nothing to exchange; use --cp 2",
+    ),
     (["optimizer.lr=0"], 1, "--lr 0: must be above 0; such as 0.0003"),
     (["optimizer.min_lr=1"], 1, "--min-lr 1: is above --lr 0.0003 (default); use --min-lr 3e-05"),
     (["optimizer.warmup=2000"], 1, "--warmup 2000: is longer than --iterations 1000 (default)"),
@@ -106,6 +111,13 @@ RULES = [
     (["training.iterations=0"], 1, "--iterations 0: must be at least 1"),
     (["training.seed=-1"], 1, "--seed -1: must be at least 0"),
     (["training.seed=4294967296"], 1, "--seed 4294967296: must be at most 4294967295"),
+    (["parallel.sequence_parallel=true"], 1, "--sp with --tp 1 (default): the ranks of tensor parallelism share the tokens"),
+    (
+        ["parallel.sequence_parallel=true", "parallel.tensor_parallel=4", "training.seq_length=31", "training.micro_batch_size=2"],
+        4,
+        "--micro-batch-size 2 with --seq-length 31: with --sp the tokens of a micro-batch must be a multiple of --tp 4; "
+        "use --seq-length 30 or 32, or leave --sp out",
+    ),
     (["parallel.zero=4"], 1, "--zero 4: ZeRO has the stages 0 to 3; use --zero 1, 2 or 3"),
     (["memory.offload=disk"], 1, "--offload disk: 'disk' is not one of optimizer, parameters, activations; such as --offload"),
     (["parallel.tensor_parallel=0"], 1, "--tp 0: must be at least 1; use 1 for none"),
@@ -122,6 +134,38 @@ RULES = [
         2,
         "INCREMENT 1 of --rampup-batch-size '2 1 100': must be a multiple of",
     ),
+    (["model.kv_heads=3"], 1, "--kv-heads 3: must divide --heads 4 (preset gpt-tiny), so that each serves as many of them; use"),
+    (["model.kv_heads=0"], 1, "--kv-heads 0: must be at least 1; leave it out for one a head"),
+    (
+        ["model.kv_heads=2", "parallel.tensor_parallel=4"],
+        4,
+        "--tp 4: must divide --kv-heads 2: a rank holds whole groups of heads with their keys and values; use --tp 2",
+    ),
+    (["model.rope_base=500000"], 1, "--rope-base 500000 with --position-embedding learned (default): learned positions turn nothing"),
+    (["model.rotary_percent=0.5"], 1, "use --position-embedding rope, or leave --rotary-percent out"),
+    (["model.rope_scaling_factor=8"], 1, "use --position-embedding rope, or leave --rope-scaling-factor out"),
+    (
+        ["model.position_embedding=rope", "model.rope_original_positions=9"],
+        1,
+        "--rope-original-positions 9 with --rope-scaling-factor 1 (default): without a factor no wavelength is stretched",
+    ),
+    (["model.position_embedding=rope", "model.rope_low_frequency=2"], 1, "use --rope-scaling-factor 8, or leave --rope-low-frequency out"),
+    (["model.position_embedding=rope", "model.rope_high_frequency=2"], 1, "or leave --rope-high-frequency out"),
+    (
+        ["model.position_embedding=rope", "model.rope_scaling_factor=8", "model.rope_low_frequency=4"],
+        1,
+        "--rope-low-frequency 4: must be below --rope-high-frequency 4 (default); leave both out for 1 and 4",
+    ),
+    (["model.position_embedding=rope", "model.rope_scaling_factor=0.5"], 1, "--rope-scaling-factor 0.5: must be at least 1; use 1"),
+    (["model.position_embedding=rope", "model.rope_base=0"], 1, "--rope-base 0: must be above 0; such as 10000"),
+    (["model.position_embedding=rope", "model.rotary_percent=0"], 1, "--rotary-percent 0: must be above 0 and at most 1; use 1 for whole"),
+    (
+        ["model.position_embedding=rope", "model.rotary_percent=0.05"],
+        1,
+        "--rotary-percent 0.05: leaves no pair of the 32 elements of a head to turn; use --rotary-percent 0.0625 or more",
+    ),
+    (["model.position_embedding=rope", "model.num_heads=128"], 1, "leaves heads 1 wide; use --heads so that hidden / heads is even"),
+    (["model.activation=swiglu", "model.gelu=erf"], 1, "--gelu erf with --activation swiglu: SwiGLU has no GELU; use --activation gelu"),
     (["model.sentence_head=false"], 1, "--no-sentence-head with --model gpt (preset gpt-tiny): only BERT is trained on sentence pairs"),
     (
         ["parallel.pipeline_parallel=2", "parallel.virtual_pipeline=3"],
@@ -144,6 +188,7 @@ RULES = [
         2,
         "--vpp 2 with --schedule zb-h1: this order is made for one stage a rank",
     ),
+    (["parallel.schedule=zb-v"], 1, "--schedule zb-v with --pp 1 (default): no rank waits for another"),
     (["parallel.pipeline_split=4"], 1, "--pp-split 4 with --pp 1 (default): one pipeline rank holds all layers"),
     (
         ["parallel.pipeline_parallel=2", "parallel.pipeline_split=1,2,1"],
@@ -162,6 +207,30 @@ RULES = [
     (["data.data_cache=x"], 1, "generated tokens have no sample index"),
     (["data.split=9,1"], 1, "--split 9,1 with --mock-data: generated tokens are as many as a run asks for"),
     (["training.max_skipped_iterations=-1"], 1, "--max-skipped-iterations -1: must be at least 0; use 0 to go on skipping"),
+    (["memory.recompute_method=block"], 1, "--recompute-method block with --recompute none (default): only full recomputation has groups"),
+    (
+        ["memory.recompute=selective", "memory.recompute_layers=2"],
+        1,
+        "--recompute-layers 2 with --recompute selective: only full recomputation has groups of layers; use --recompute full, or leave",
+    ),
+    (["memory.recompute=full", "memory.recompute_layers=5"], 1, "--recompute-layers 5: is more than --layers 4 (preset gpt-tiny); use"),
+    (["memory.recompute=full", "memory.recompute_layers=0"], 1, "--recompute-layers 0: must be at least 1; use 1 or more"),
+    (
+        ["memory.partition_activations=true", "parallel.tensor_parallel=2"],
+        2,
+        "--partition-activations with --recompute none (default): only the inputs that full recomputation saves are the same on all",
+    ),
+    (
+        ["memory.partition_activations=true", "memory.recompute=full"],
+        1,
+        "--partition-activations with --tp 1 (default): saved inputs are shared over the ranks of --tp, and there is one; use --tp 2",
+    ),
+    (
+        ["memory.offload=activations", "memory.recompute=selective"],
+        1,
+        "--offload activations with --recompute selective: only the inputs of recomputed layers are few enough bytes to copy beside",
+    ),
+    (["memory.offload=activation"], 1, "'activation' is not one of optimizer, parameters, activations; such as --offload optimizer"),
     (["parallel.data_parallel=3"], 4, "--dp 3: needs 3 ranks, 4 were started; use --dp 4"),
     (
         ["parallel.data_parallel=8"],
@@ -180,7 +249,10 @@ def test_each_rule_alone(assignments, world, message):
 def test_every_refused_combination_has_a_test():
     reasons = {row.reason for row in REFUSED} - {"is not finished in this tree"}
     covered = {reason for reason in reasons if any(reason[:18] in message for _, _, message in RULES)}
-    assert reasons - covered == {"fp64 is for verification and runs on the CPU only"}
+    needs_sp = "under sequence parallelism a rank's saved inputs are its own share of the tokens already"
+    assert reasons - covered == {"fp64 is for verification and runs on the CPU only", needs_sp}
+    shared = ["memory.recompute=full", "memory.partition_activations=true", "parallel.sequence_parallel=true", "parallel.tensor_parallel=2"]
+    assert any(f"--partition-activations with --sp: {needs_sp}; leave" in line for line in problems(*shared, world=2))
     assert "fp64 is for verification and runs on the CPU only" in problems("training.precision=fp64", "training.device=cuda", gpus=1)[0]
 
 

@@ -46,6 +46,22 @@ def test_dropout_is_the_same_bit_for_bit(compiled, dtype, shape, with_residual):
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("columns", [1, 5, 8, 64, 1021, 1024])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_dropout_of_rows_is_the_same_bit_for_bit(compiled, dtype, columns, with_residual):
+    x, residual, grad = (torch.randn(7, 33, columns).to(dtype) for _ in range(3))
+    rows = torch.randint(0, 2**40, (7, 33))
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = x.clone().to(device).requires_grad_()
+        state = torch.tensor([2**40 + 1, 7, 12], device=device)
+        y = ops.dropout_add_rows(leaf, residual.to(device) if with_residual else None, 0.3, state, 4, rows.to(device))
+        y.backward(grad.to(device))
+        results.append((y.detach().cpu(), leaf.grad.cpu()))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
 def test_dropout_on_views_that_are_not_aligned(compiled):
     base = torch.randn(1 + 2 * 3 * 64)
     x = base[1:].view(2, 3, 64)

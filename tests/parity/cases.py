@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from megactl.config.schema import Data, Model, Optimizer, Parallel, Run, Training
+from megactl.config.schema import Data, Memory, Model, Optimizer, Parallel, Run, Training
+from megactl.schedules import num_chunks
 from parity.corpus import SEQ_LENGTH, VOCAB_SIZE
 
 MICRO_BATCH = 2
@@ -35,9 +36,13 @@ class Case:
     """One run. `bucket` is in parameters: 2000 makes several buckets a rank; `clip` 0 turns clipping off.
 
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
-    gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
-    loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
-    `steps`: how many, with the rates in turn.
+    gradients are not finite. `documents` are GPT's ("positions" start again while documents see each other); `sentence` (the
+    sentence head) and `padding` are BERT's. `scale`: the dynamic loss scale at the start, which doubles after `window` good steps and
+    falls at the first overflow after that; None for no scaling.
+    `steps`: how many, with the rates in turn. `threshold`, `prefetch`, `split_layers`, `tile`: of ZeRO 3. `vpp`: stages a rank, of one
+    layer or more; `split`: the layers of each stage, or what counts as one; `scatter`: scatter-gather. `layers`: None for as many as
+    show everything in the layout. `positions` to `bias`: what Llama-shaped models have otherwise. `micro_batch`: sequences in one.
+    `sp`: sequence parallelism.
     """
 
     tp: int = 1
@@ -65,11 +70,33 @@ class Case:
     scale: float | None = None
     window: int = 1000
     steps: int = len(RATES)
+    threshold: int = 0
+    prefetch: int = 1
+    split_layers: bool = False
+    tile: int = 1
+    vpp: int = 1
+    scatter: bool = True
+    split: str | None = None
+    recompute: str = "none"
+    recompute_method: str = "uniform"
+    recompute_layers: int = 1
+    partition: bool = False
+    offload: str | None = None
+    layers: int | None = None
+    positions: str = "learned"
+    normalization: str = "layernorm"
+    activation: str = "gelu"
+    kv_heads: int | None = None
+    bias: bool = True
+    cp: int = 1
+    cp_method: str = "ring"
+    micro_batch: int = MICRO_BATCH
+    sp: bool = False
 
     @property
     def world_size(self) -> int:
         """Ranks."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def name(self) -> str:
@@ -81,7 +108,7 @@ class Case:
         """The steps to do."""
         counts = (1, self.micro_batches, self.micro_batches + 1) if self.ramp else (self.micro_batches,) * self.steps
         rates = tuple(itertools.islice(itertools.cycle(RATES), self.steps))
-        return Plan(rates, tuple(MICRO_BATCH * self.dp * count for count in counts), frozenset({2} if self.overflow else ()))
+        return Plan(rates, tuple(self.micro_batch * self.dp * count for count in counts), frozenset({2} if self.overflow else ()))
 
     def run(self) -> Run:
         """The resolved configuration."""
@@ -89,19 +116,30 @@ class Case:
             model=self._model(),
             parallel=Parallel(
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
-                bucket_size=self.bucket, overlap_grad_reduce=self.overlap,
+                bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self._threshold(),
+                zero_prefetch=self.prefetch, split_layers=self.split_layers, tile=self.tile, virtual_pipeline=self.vpp,
+                scatter_gather=self.scatter, pipeline_split=self.split,
+                context_parallel=self.cp, context_method=self.cp_method, sequence_parallel=self.sp,
             ),
             training=Training(
-                micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
+                micro_batch_size=self.micro_batch, global_batch_size=self.micro_batch * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
                 precision=self.precision, device="cpu", seed=self.seed, **self._loss_scale(),
+            ),
+            memory=Memory(
+                recompute=self.recompute, recompute_method=self.recompute_method, recompute_layers=self.recompute_layers,
+                partition_activations=self.partition, offload=self.offload,
             ),
             # In fp32 a large epsilon: where a gradient is zero but for rounding (the key's bias), a small one divides noise by noise.
             optimizer=Optimizer(clip_grad=self.clip, weight_decay=0.1, epsilon=1e-8 if self.precision == "fp64" else 1e-4),
             data=Data(mock_data=True) if self.model == "bert" else Data(
-                mock_data=True, eod_mask_loss=self.documents != "plain", reset_position_ids=self.documents == "reset",
+                mock_data=True, eod_mask_loss=self.documents != "plain", reset_position_ids=self.documents in ("reset", "positions"),
                 reset_attention_mask=self.documents == "reset",
             ),
         )  # fmt: skip
+
+    def _threshold(self) -> int:
+        # The models here are so small that the usual threshold would leave nothing to share.
+        return self.threshold if self.zero == 3 or self.threshold else Parallel().persistence_threshold
 
     def _loss_scale(self) -> dict[str, float]:
         if self.scale is None:
@@ -120,13 +158,14 @@ class Case:
 
     def _model(self) -> Model:
         # Without a pipeline two layers show all that four would, in half the reductions; a stage of two pipeline ranks has two as well.
-        layers = {1: 2, 2: 4, 4: 4, 8: 8}[self.pp]
+        layers = max({1: 2, 2: 4, 4: 4, 8: 8}[self.pp], self.pp * num_chunks(self.schedule, self.vpp))
         # A larger deviation than usual: at width 32 the usual one leaves attention and residual branches close to nothing.
         return Model(
-            num_layers=layers, hidden_size=32, num_heads=8, ffn_size=64, vocab_size=VOCAB_SIZE, max_positions=SEQ_LENGTH,
+            num_layers=self.layers or layers, hidden_size=32, num_heads=8, ffn_size=64, vocab_size=VOCAB_SIZE, max_positions=SEQ_LENGTH,
             untie_embeddings=not self.tied, hidden_dropout=self.dropout, attention_dropout=self.dropout, init_std=0.2,
             gelu=self.gelu, attention=self.attention, architecture=self.model, norm_position=self.norm,
-            sentence_head=self.sentence if self.model == "bert" else None,
+            sentence_head=self.sentence if self.model == "bert" else None, position_embedding=self.positions,
+            normalization=self.normalization, activation=self.activation, kv_heads=self.kv_heads, bias=self.bias,
         )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ class Parity:
         run = case.run()
         # How the work is spread is not part of the question.
         training = replace(run.training, precision="fp64", initial_loss_scale=None, loss_scale_window=None)
-        key = repr((replace(run, parallel=None, training=training), case.plan(), case.padding))
+        key = repr((replace(run, parallel=None, memory=None, training=training), case.plan(), case.padding))
         if key not in self._references:
             self._references[key] = train_reference(run, self.corpus(case), case.plan())
         return self._references[key]

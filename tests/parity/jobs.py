@@ -22,7 +22,9 @@ from megactl.engine.zero import ShardedOptimizer
 from parity.cases import Plan
 from parity.corpus import EOD, Corpus, PairCorpus
 from parity.mutations import MUTATIONS
+from parity.mutations_zero import HARMLESS
 from parity.pool import Worker
+from parity.recompute_mutations import RECOMPUTE_MUTATIONS
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def train(
     worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan, mutation: str | None = None, ops: str | None = None
 ) -> RankResult:
     """The engine's counterpart of `reference.train_reference`. `mutation` names a fault to build in, `ops` sets MEGACTL_OPS."""
-    fault = MUTATIONS[mutation].fault() if mutation else nullcontext()
+    fault = (MUTATIONS | HARMLESS | RECOMPUTE_MUTATIONS)[mutation].fault() if mutation else nullcontext()
     with fault, mock.patch.dict(os.environ, {} if ops is None else {"MEGACTL_OPS": ops}):
         return _train(worker, run, corpus, plan)
 
@@ -64,7 +66,7 @@ def train(
 def _train(worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan) -> RankResult:
     mesh = worker.mesh(run.parallel)
     engine = TrainingStep(run, mesh)
-    micro_batch = _source(run, corpus, mesh)
+    micro_batch = source(run, corpus, mesh)
     outcomes, gradients = [], []
     for iteration, start, size, rate in plan.steps():
         batches = partial(micro_batch, start)
@@ -82,7 +84,7 @@ def _train(worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan) ->
     )  # fmt: skip
 
 
-def _source(run: Run, corpus: Corpus | PairCorpus, mesh: Mesh) -> Callable[[int, int], Batch]:
+def source(run: Run, corpus: Corpus | PairCorpus, mesh: Mesh) -> Callable[[int, int], Batch]:
     """(samples consumed, index) -> this replica's micro-batch."""
     options, size, dp = run.data, run.training.micro_batch_size, mesh.dp
     if isinstance(corpus, PairCorpus):
@@ -117,21 +119,40 @@ def _facts(engine: TrainingStep) -> dict[str, object]:
     kinds = ("param", "grad", "master", "exp_avg", "exp_avg_sq")
     return {
         **{f"{kind}_dtypes": {str(getattr(state, kind).dtype) for state in states} for kind in kinds},
-        "parameters": flat.params.numel(),
-        "gradients": flat.grads.numel(),
+        "parameters": _resident(flat.bucket_params),
+        "gradients": _resident(flat.bucket_grads),
         "module_dtypes": {str(p.dtype) for p in engine.parts[0].model.parameters()},
         "module_grads": sum(p.grad is not None for p in engine.parts[0].model.parameters()),
         "state": sum(state.exp_avg.numel() for state in states),
         "masters": sum(state.master.numel() for state in states if state.master.data_ptr() != state.param.data_ptr()),
-        "buckets": len(flat.buckets),
-        "padding_weight": _padding(engine, flat.params),
-        "padding_gradient": _padding(engine, flat.grads),
+        "buckets": sum(len(part.flat.buckets) for part in engine.parts),
+        "copies_differ": _copies_differ(engine),
+        "padding_weight": _padding(engine, "param"),
+        "padding_gradient": _padding(engine, "grad"),
     }
 
 
-def _padding(engine: TrainingStep, buffer: torch.Tensor) -> float:
+def _copies_differ(engine: TrainingStep) -> int:
+    """Elements in which two copies of a weight in stages of this rank, or their optimizer states, differ; padding counts too."""
+    held: dict[str, torch.Tensor] = {}
+    differing = 0
+    for part in engine.parts:
+        for state in part.optimizer.states:
+            if state.bucket.tied:
+                for kind in ("param", "master", "exp_avg", "exp_avg_sq"):
+                    values = getattr(state, kind)
+                    differing += int((held.setdefault(kind, values) != values).sum())
+    return differing
+
+
+def _resident(buckets: list[torch.Tensor]) -> int:
+    """Elements of the buckets that have memory between steps."""
+    return sum(bucket.numel() for bucket in buckets if bucket.untyped_storage().nbytes())
+
+
+def _padding(engine: TrainingStep, kind: str) -> float:
     """The largest magnitude in the padding rows of the vocabulary; 0 where the engine keeps them out of everything."""
-    flat, largest = engine.parts[0].flat, 0.0
+    flat, buffer, largest = engine.parts[0].flat, engine.parts[0].optimizer.whole(kind), 0.0
     for placement in flat.placements:
         outside = flat.view(buffer, placement)[placement.spec.held_shape[0] :]
         if outside.numel():

@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from dataclasses import replace
 from unittest import mock
 
 from torch import Tensor, zeros_like
 
-from megactl.engine import data_parallel, flat, functional, loss_scale, parallelize, pipeline, tensor_parallel, training_step, zero
+from megactl.engine import (
+    data_parallel,
+    flat,
+    functional,
+    loss_scale,
+    parallelize,
+    pipeline,
+    tensor_parallel,
+    training_step,
+    zero,
+)
 from megactl.engine.collectives import all_reduce
 from megactl.engine.models import transformer
 from megactl.engine.models.layers import Linear
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """A fault; the layout (tp, pp, dp) that suffers from it; what the deviation is called; other settings the case needs."""
-
-    fault: Callable[[], AbstractContextManager]
-    layout: tuple[int, int, int]
-    seen_as: str
-    settings: dict[str, object] = field(default_factory=dict)
-
-
-def _patched(owner: object, name: str, make: Callable) -> Callable[[], AbstractContextManager]:
-    """A fault that replaces `owner.name` by make(original). The name must exist: a fault that no longer applies must not pass."""
-    return lambda: mock.patch.object(owner, name, make(getattr(owner, name)))
-
-
-def _nothing(original: Callable) -> Callable:
-    return lambda *arguments, **options: None
-
-
-def _changed(**values: object) -> Callable:
-    """The original's result (a dataclass) with other values."""
-    return lambda original: lambda *arguments, **options: replace(original(*arguments, **options), **values)
-
-
-def _no_gather(original: Callable) -> Callable:
-    return lambda *arguments, **options: SimpleNamespace(wait=lambda: None)
+from parity.faults import Mutation, changed, no_gather, nothing, patched
+from parity.mutations_context import CONTEXT
+from parity.mutations_llama import LLAMA
+from parity.mutations_pipeline import PIPELINE
+from parity.mutations_sequence import SEQUENCE
+from parity.mutations_zero import ZERO
 
 
 def _mean_over_replicas(original: Callable) -> Callable:
@@ -53,8 +39,8 @@ def _mean_over_replicas(original: Callable) -> Callable:
 
 
 def _head_zero(original: Callable) -> Callable:
-    def mutated(model, tp):
-        original(model, tp)
+    def mutated(model, tp, **options):
+        original(model, tp, **options)
         for module in model.modules():
             if hasattr(module, "first_head"):
                 module.first_head = 0
@@ -171,109 +157,110 @@ def _sentence_head_counted(original: Callable) -> Callable:
 def _summed_whole_linears(original: Callable) -> Callable:
     """Layers that every rank holds whole, with the reduction of the input gradient that divided ones need."""
 
-    def mutated(module, tp, sharded):
+    def mutated(module, tp, *rest):
         if isinstance(module, Linear) and module.split is None:
             module.forward = lambda x, micro_batch: functional.linear(
                 x, module.weight, module.bias, accumulate=micro_batch.accumulate,
                 start_reduce=lambda grad: all_reduce(grad, tp.group, async_op=True),
             )  # fmt: skip
-        return original(module, tp, sharded)
+        return original(module, tp, *rest)
 
     return mutated
 
 
 _GPT_MUTATIONS = {
     "tied gradients are not summed": Mutation(
-        _patched(zero.ShardedOptimizer, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
+        patched(training_step, "reduce_tied", nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
     ),
     "input gradients of layers are not summed": Mutation(
-        _patched(tensor_parallel.ColumnParallelLinear, "_start_reduce", _nothing), (2, 1, 1), "gradient in step 1"
+        patched(tensor_parallel.ColumnParallelLinear, "_start_reduce", nothing), (2, 1, 1), "gradient in step 1"
     ),
     "the input gradient of the head is not summed": Mutation(
-        _patched(tensor_parallel.VocabParallelHead, "_start_reduce", _nothing), (2, 1, 1), "gradient in step 1"
+        patched(tensor_parallel.VocabParallelHead, "_start_reduce", nothing), (2, 1, 1), "gradient in step 1"
     ),
     "padding counts in the softmax": Mutation(
-        _patched(tensor_parallel.VocabParallelHead, "__init__", _padding_in_softmax), (2, 1, 1), "loss on rank 0, step 1"
+        patched(tensor_parallel.VocabParallelHead, "__init__", _padding_in_softmax), (2, 1, 1), "loss on rank 0, step 1"
     ),
     "later micro-batches overwrite": Mutation(
-        _patched(pipeline._Step, "_micro_batch", _changed(accumulate=False)), (1, 2, 1), "gradient in step 1", {"micro_batches": 3}
+        patched(pipeline._Step, "_micro_batch", changed(accumulate=False)), (1, 2, 1), "gradient in step 1", {"micro_batches": 3}
     ),
     "the first micro-batch adds to the last step": Mutation(
-        _patched(pipeline._Step, "_micro_batch", _changed(accumulate=True)), (1, 2, 1), "gradient in step 2", {"micro_batches": 3}
+        patched(pipeline._Step, "_micro_batch", changed(accumulate=True)), (1, 2, 1), "gradient in step 2", {"micro_batches": 3}
     ),
     "documents see each other": Mutation(
-        _patched(pipeline._Step, "_micro_batch", _changed(attention_mask=None)), (1, 1, 2), "loss on rank 1", {"documents": "reset"}
+        patched(pipeline._Step, "_micro_batch", changed(attention_mask=None)), (1, 1, 2), "loss on rank 1", {"documents": "reset"}
     ),
     "attention dropout starts at head 0 on every rank": Mutation(
-        _patched(parallelize, "apply_tensor_parallel", _head_zero), (2, 1, 1), "loss on rank 0, step 1", {"dropout": 0.1}
+        patched(parallelize, "apply_tensor_parallel", _head_zero), (2, 1, 1), "loss on rank 0, step 1", {"dropout": 0.1}
     ),
     "dropout sites are numbered within the stage": Mutation(
-        _patched(transformer, "Block", _sites_of_the_stage), (1, 2, 1), "loss on rank 0, step 1", {"dropout": 0.1}
+        patched(transformer, "Block", _sites_of_the_stage), (1, 2, 1), "loss on rank 0, step 1", {"dropout": 0.1}
     ),
     "dropout keys do not know the replica": Mutation(
-        _patched(training_step.TrainingStep, "_inputs", _own_samples), (1, 1, 2), "loss on rank 0, step 1", {"dropout": 0.1}
+        patched(training_step.TrainingStep, "_inputs", _own_samples), (1, 1, 2), "loss on rank 0, step 1", {"dropout": 0.1}
     ),
     "gradients are not summed over replicas": Mutation(
-        _patched(data_parallel.GradientReducer, "_launch_above", _nothing), (1, 1, 2), "gradient in step 1"
+        patched(data_parallel.GradientReducer, "_launch_above", nothing), (1, 1, 2), "gradient in step 1"
     ),
     "gradients are averaged over replicas": Mutation(
-        _patched(data_parallel.GradientReducer, "_launch", _mean_over_replicas), (1, 1, 2), "gradient in step 1"
+        patched(data_parallel.GradientReducer, "_launch", _mean_over_replicas), (1, 1, 2), "gradient in step 1"
     ),
-    "updated slices are not gathered": Mutation(_patched(zero, "all_gather", _no_gather), (1, 1, 2), "weight", {"zero": 1}),
-    "copies enter the norm on every rank": Mutation(_patched(flat, "_spec", _changed(counted=True)), (2, 1, 1), "norm on rank 0, step 1"),
+    "updated slices are not gathered": Mutation(patched(zero, "all_gather", no_gather), (1, 1, 2), "weight", {"zero": 1}),
+    "copies enter the norm on every rank": Mutation(patched(flat, "_spec", changed(counted=True)), (2, 1, 1), "norm on rank 0, step 1"),
     "the norm is that of the rank": Mutation(
-        _patched(training_step.TrainingStep, "_totals", _total(0, _own_norm)), (1, 2, 1), "unequal losses or norms"
+        patched(training_step.TrainingStep, "_totals", _total(0, _own_norm)), (1, 2, 1), "unequal losses or norms"
     ),
     "an overflow is not noticed": Mutation(
-        _patched(training_step.TrainingStep, "_totals", _total(0, lambda step: 1.0)), (1, 1, 2), "skipped on rank 1", {"overflow": True}
+        patched(training_step.TrainingStep, "_totals", _total(0, lambda step: 1.0)), (1, 1, 2), "skipped on rank 1", {"overflow": True}
     ),
     "a skipped step counts as an update": Mutation(
-        _patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True}
+        patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True}
     ),
     "an overflow is each rank's own": Mutation(
-        _patched(training_step.TrainingStep, "_update", _own_overflow), (1, 2, 1), "skipped on rank 0", {"overflow": True, "scale": 2.0**40}
+        patched(training_step.TrainingStep, "_update", _own_overflow), (1, 2, 1), "skipped on rank 0", {"overflow": True, "scale": 2.0**40}
     ),
     "a skipped step counts as an update under a loss scale": Mutation(
-        _patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True, "scale": 2.0**40}
+        patched(training_step.TrainingStep, "_update", _count_skipped), (1, 1, 2), "weight", {"overflow": True, "scale": 2.0**40}
     ),
     "the norm is that of the scaled gradients": Mutation(
-        _patched(loss_scale.LossScale, "unscaled", lambda original: lambda self, factor: factor),
+        patched(loss_scale.LossScale, "unscaled", lambda original: lambda self, factor: factor),
         (1, 1, 2),
         "norm on rank 0, step 1",
         {"scale": 2.0**40},
     ),
     "the loss scale does not fall": Mutation(
-        _patched(loss_scale.LossScale, "update", _nothing), (1, 1, 2), "loss scale on rank 0", {"overflow": True, "scale": 2.0**40}
+        patched(loss_scale.LossScale, "update", nothing), (1, 1, 2), "loss scale on rank 0", {"overflow": True, "scale": 2.0**40}
     ),
     "masked tokens count in the mean": Mutation(
-        _patched(training_step.TrainingStep, "_totals", _total(3, _all_labels)), (1, 1, 2), "gradient in step 1", {"documents": "eod"}
+        patched(training_step.TrainingStep, "_totals", _total(3, _all_labels)), (1, 1, 2), "gradient in step 1", {"documents": "eod"}
     ),
-    "biases and norms decay": Mutation(_patched(flat, "_spec", _changed(decay=True)), (1, 1, 2), "weight"),
+    "biases and norms decay": Mutation(patched(flat, "_spec", changed(decay=True)), (1, 1, 2), "weight"),
 }
 
 _BERT_MUTATIONS = {
     "padding is looked at": Mutation(
-        _patched(pipeline, "attention_mask", _nothing), (1, 1, 2), "parts of the loss on rank 1, step 1", {"padding": True}
+        patched(pipeline, "attention_mask", nothing), (1, 1, 2), "parts of the loss on rank 1, step 1", {"padding": True}
     ),
-    "one token type": Mutation(_patched(pipeline._Step, "_micro_batch", _one_token_type), (1, 2, 1), "loss on rank 0, step 1"),
+    "one token type": Mutation(patched(pipeline._Step, "_micro_batch", _one_token_type), (1, 2, 1), "loss on rank 0, step 1"),
     "each replica divides by its own tokens": Mutation(
-        _patched(training_step.TrainingStep, "_loss_gradient", _own_counts), (1, 1, 2), "gradient in step 1"
+        patched(training_step.TrainingStep, "_loss_gradient", _own_counts), (1, 1, 2), "gradient in step 1"
     ),
     "the sentence loss is divided by tokens": Mutation(
-        _patched(training_step.TrainingStep, "_loss_gradient", _tokens_count_sentences), (1, 2, 1), "gradient in step 1 head.sentence"
+        patched(training_step.TrainingStep, "_loss_gradient", _tokens_count_sentences), (1, 2, 1), "gradient in step 1 head.sentence"
     ),
     "the vocabulary's bias is whole on each rank": Mutation(
-        _patched(tensor_parallel.VocabParallelHead, "__init__", _whole_bias), (2, 1, 1), "gradient in step 1 head.decoder.bias on rank 1"
+        patched(tensor_parallel.VocabParallelHead, "__init__", _whole_bias), (2, 1, 1), "gradient in step 1 head.decoder.bias on rank 1"
     ),
     "the sentence head is counted by each rank": Mutation(
-        _patched(flat, "_spec", _sentence_head_counted), (2, 1, 1), "norm on rank 0, step 1"
+        patched(flat, "_spec", _sentence_head_counted), (2, 1, 1), "norm on rank 0, step 1"
     ),
     "input gradients of whole layers are summed": Mutation(
-        _patched(tensor_parallel, "_parallel_form", _summed_whole_linears), (2, 1, 1), "gradient in step 1 layers.1"
+        patched(tensor_parallel, "_parallel_form", _summed_whole_linears), (2, 1, 1), "gradient in step 1 layers.1"
     ),
     "BERT's tied gradients are not summed": Mutation(
-        _patched(zero.ShardedOptimizer, "reduce_tied", _nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
+        patched(training_step, "reduce_tied", nothing), (1, 2, 1), "gradient in step 1 embedding.tokens.weight", {"tied": True}
     ),
 }
 
-MUTATIONS = _GPT_MUTATIONS | {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
+_FOR_BERT = {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
+MUTATIONS = _GPT_MUTATIONS | PIPELINE | ZERO | LLAMA | CONTEXT | SEQUENCE | _FOR_BERT

@@ -26,7 +26,7 @@ from typing import Any
 from unittest import mock
 
 from megactl.config.schema import Parallel
-from megactl.engine.mesh import Mesh, build_mesh, degrees
+from megactl.engine.mesh import Mesh, build_mesh, degrees, stage_ranks
 
 # After one rank has failed the others wait for it in a collective; this long (seconds) they may still report something of their own.
 GRACE = 1.0
@@ -43,14 +43,16 @@ class Worker:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        self._degrees: dict[str, int] | None = None
+        self._degrees: dict[str, object] | None = None
         self._mesh: Mesh | None = None
 
     def mesh(self, parallel: Parallel) -> Mesh:
         """The mesh of `parallel`. The last one is kept; its groups are destroyed when another is asked for, for each holds threads."""
         import torch
 
-        wanted = degrees(parallel)
+        stages = stage_ranks(parallel)
+        # Where the ends of the model are decides which ranks have a group for the embedding.
+        wanted = {**degrees(parallel), "ends": (stages[0], stages[-1])}
         if wanted != self._degrees:
             self.forget_mesh()
             self._mesh, self._degrees = build_mesh(parallel, torch.device("cpu")), wanted

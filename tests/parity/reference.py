@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megactl.config.schema import Model, Run
-from megactl.engine import functional, ops
+from megactl.engine import functional, functional_llama, ops
 from megactl.engine.data import make_batch
 from megactl.engine.data.batch import Batch
 from megactl.engine.models import MODELS, Transformer
@@ -51,7 +51,7 @@ def train_reference(run: Run, corpus: Corpus | PairCorpus, plan: Plan) -> Trajec
 def _train(run: Run, corpus: Corpus | PairCorpus, plan: Plan) -> Trajectory:
     model = build_model(run.model, run.training.seed)
     named = canonical_parameters(model)
-    optimizer = _adamw(run, list(named.values()))
+    optimizer = _adamw(run, named)
     losses, parts, norms, gradients = [], [], [], []
     for iteration, start, size, rate in plan.steps():
         optimizer.zero_grad()
@@ -87,7 +87,7 @@ def canonical_parameters(model: Transformer) -> dict[str, nn.Parameter]:
 
 def _initialise(name: str, values: Tensor, config: Model, seed: int) -> None:
     """GPT-2's rule: matrices normal, smaller where they write to a residual stream without norms; biases 0, norm weights 1."""
-    if values.ndim == 1:
+    if values.ndim == 1 or name.endswith(".bias"):
         values.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         return
     to_residual = config.norm_position == "pre" and name.endswith(("attention.output.weight", "mlp.down.weight"))
@@ -96,12 +96,11 @@ def _initialise(name: str, values: Tensor, config: Model, seed: int) -> None:
     ops.normal_(values, logical_shape=values.shape, rectangle=whole, seed=seed, stream=ops.stream_of(name), std=std)
 
 
-def _adamw(run: Run, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+def _adamw(run: Run, parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:
     config = run.optimizer
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
+    matrices = [p for name, p in parameters.items() if p.ndim > 1 and not name.endswith(".bias")]
+    vectors = [p for name, p in parameters.items() if p.ndim == 1 or name.endswith(".bias")]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.epsilon)
 
 
@@ -166,9 +165,35 @@ def torch_arithmetic() -> Iterator[None]:
         "layer_norm": lambda x, weight, bias, epsilon, **_: plain.layer_norm(x, weight.shape, weight, bias, epsilon),
         "embedding": lambda ids, weight, **_: plain.embedding(ids, weight),
     }
+    llama = {
+        "linear_swiglu": _linear_swiglu,
+        "linear_plain_gelu": lambda x, weight, approximate, **_: plain.gelu(x @ weight.t(), approximate=approximate),
+        "rms_norm": lambda x, weight, epsilon, **_: _rms_norm(x, weight, epsilon),
+        "add_rms_norm": lambda x, residual, weight, epsilon, **_: (_rms_norm(x + residual, weight, epsilon), x + residual),
+    }
     with ExitStack() as stack:
         for name, replacement in replacements.items():
             stack.enter_context(mock.patch.object(functional, name, replacement))
+        for name, replacement in llama.items():
+            stack.enter_context(mock.patch.object(functional_llama, name, replacement))
+        stack.enter_context(mock.patch.object(ops, "rotary_qkv", _rotary_qkv))
         stack.enter_context(mock.patch.dict("os.environ", MEGACTL_OPS="torch"))
         yield
     assert functional.linear is not replacements["linear"] and ops.dropout_add.__module__ == "megactl.engine.ops.philox"
+
+
+def _linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object) -> Tensor:
+    gate, up = (nn.functional.linear(x, weight[i], None if bias is None else bias[i]) for i in (0, 1))
+    return gate / (1 + (-gate).exp()) * up
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def _rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each pair of elements as a complex number that the position's unit number multiplies."""
+    turn = torch.complex(cos.double(), sin.double())[:, :, None, None]
+    pairs = torch.complex(*qkv[:, :, :, :-1].chunk(2, dim=-1)) * turn
+    turned = torch.cat([pairs.real, pairs.imag], dim=-1)
+    return turned[:, :, :, :-1].flatten(2, 3), turned[:, :, :, -1], qkv[:, :, :, -1]

@@ -12,7 +12,7 @@ from megactl.cluster.lint.rules_ranks import tasks_of, training
 from megactl.cluster.lint.syntax import Command
 from megactl.cluster.quoting import shown
 from megactl.cluster.slurm_options import PYXIS, letters, options
-from megactl.config.settings import nearest
+from megactl.config.names import nearest
 
 _SRUN = re.compile(r"(?<![\w.-])srun(?![\w.-])")
 _CONDITIONS = ("if", "elif", "while", "until", "!", "&&", "||")

@@ -10,7 +10,7 @@ from megactl.cluster.lint.directives import Option, is_code
 from megactl.cluster.lint.findings import Hit, Rule
 from megactl.cluster.quoting import shown
 from megactl.cluster.slurm_options import PYXIS, letters, options
-from megactl.config.settings import nearest
+from megactl.config.names import nearest
 
 _NEARLY = re.compile(r"\s*#+\s*(S?B?A?T?C?H?\w{4,7}):?\s*(--?[A-Za-z]\S*)", re.IGNORECASE)
 # Given again they add up or replace one another on purpose.

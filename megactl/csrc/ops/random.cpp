@@ -2,6 +2,7 @@
 #include "ops/tensors.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "kernels/cpu/random.h"
 #include "kernels/rectangle.h"
@@ -50,10 +51,32 @@ DropoutShape checked_dropout(const Tensor& x, const std::optional<Tensor>& resid
     MEGACTL_CHECK(rng.scalar_type() == ScalarType::Long && rng.numel() == 3, "rng must be int64 [3]: seed, step, first sample");
     MEGACTL_CHECK(rng.device() == x.device(), "rng must lie on the device of x");
     const int64_t whole = outer_size > 0 ? outer_size : x.size(1);
-    MEGACTL_CHECK(outer_offset >= 0 && outer_offset + x.size(1) <= whole, "outer positions [", outer_offset, ", ", outer_offset + x.size(1),
-                    ") leave the outer size ", whole);
+    // A batch of one may run on into the next samples: a range of the flattened [batch, outer] has consecutive elements wherever it is cut.
+    MEGACTL_CHECK(outer_offset >= 0 && (x.size(0) == 1 || outer_offset + x.size(1) <= whole), "outer positions [", outer_offset, ", ",
+                    outer_offset + x.size(1), ") leave the outer size ", whole);
     const int64_t samples = x.size(0) * x.size(1);
     return {x.size(0), x.size(1), samples ? x.numel() / samples : 0, outer_offset, whole};
+}
+
+// Rows and columns of dropout_add_rows: x is [*rows, columns].
+struct DropoutRowsShape {
+    int64_t rows, columns;
+};
+
+DropoutRowsShape checked_rows(const Tensor& x, const std::optional<Tensor>& residual, double p, const Tensor& rng, const Tensor& ids) {
+    check_dense(x, "x");
+    if (residual) check_twin(*residual, x, "residual");
+    MEGACTL_CHECK(x.dim() >= 2, "x must be [*rows, columns], has ", x.dim(), " dimensions");
+    MEGACTL_CHECK(p >= 0.0 && p < 1.0, "p = ", p, " must lie in [0, 1)");
+    for (const auto& [tensor, name] : {std::pair<const Tensor&, const char*>{rng, "rng"}, {ids, "rows"}}) {
+        check_dense(tensor, name);
+        MEGACTL_CHECK(tensor.scalar_type() == ScalarType::Long, name, " must be int64");
+        MEGACTL_CHECK(tensor.device() == x.device(), name, " must lie on the device of x");
+    }
+    MEGACTL_CHECK(rng.numel() == 3, "rng must be [3]: seed, step, first sample");
+    const int64_t columns = x.size(x.dim() - 1);
+    MEGACTL_CHECK(ids.numel() * columns == x.numel(), "rows has ", ids.numel(), " elements, must have one for each row of x");
+    return {ids.numel(), columns};
 }
 
 // ---- CPU ----
@@ -108,6 +131,31 @@ Tensor dropout_add_cpu(Tensor x, std::optional<Tensor> residual, double p, Tenso
     return y;
 }
 
+Tensor dropout_add_rows_cpu(Tensor x, std::optional<Tensor> residual, double p, Tensor rng, int64_t site, Tensor rows) {
+    const DropoutRowsShape shape = checked_rows(x, residual, p, rng, rows);
+    const int64_t *const state = const_data<int64_t>(rng), *const ids = const_data<int64_t>(rows);
+    const Stream words = make_stream(state[0], site, state[1]);
+    Tensor y = torch::stable::empty_like(x);
+    with_type(x, [&](auto zero) {
+        using T = decltype(zero);
+        const T *const from = const_data<T>(x), *const add = residual ? const_data<T>(*residual) : nullptr;
+        T* const to = data<T>(y);
+        const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, shape.columns));
+        torch::stable::parallel_for(0, shape.rows, grain, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end;) {
+                // Rows that follow each other are one run: a drawing of words serves many short ones.
+                int64_t next = row + 1;
+                while (next < end && ids[next] == ids[next - 1] + 1) ++next;
+                const int64_t at = row * shape.columns;
+                cpu::dropout_add(words, static_cast<uint64_t>(ids[row] * shape.columns), (next - row) * shape.columns, drop_threshold(p),
+                                 1.0 / (1.0 - p), from + at, add ? add + at : nullptr, to + at);
+                row = next;
+            }
+        });
+    });
+    return y;
+}
+
 // ---- CUDA ----
 
 #ifdef USE_CUDA
@@ -142,6 +190,24 @@ Tensor dropout_add_cuda(Tensor x, std::optional<Tensor> residual, double p, Tens
     return y;
 }
 
+Tensor dropout_add_rows_cuda(Tensor x, std::optional<Tensor> residual, double p, Tensor rng, int64_t site, Tensor rows) {
+    const DropoutRowsShape shape = checked_rows(x, residual, p, rng, rows);
+    Tensor y = torch::stable::empty_like(x);
+    if (x.numel() == 0) return y;
+    const cuda::DropoutRows settings{shape.rows,
+                                     shape.columns,
+                                     const_data<int64_t>(rows),
+                                     const_data<int64_t>(rng),
+                                     static_cast<uint32_t>(site),
+                                     drop_threshold(p),
+                                     1.0 / (1.0 - p)};
+    const void* const add = residual ? residual->const_data_ptr() : nullptr;
+    on_device(x, [&](void* on) {
+        return cuda::dropout_add_rows(cuda_type(x), settings, x.const_data_ptr(), add, y.mutable_data_ptr(), on);
+    });
+    return y;
+}
+
 #endif
 
 }  // namespace
@@ -151,12 +217,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megactl, m) {
     m.def("normal_(Tensor(a!) out, int[] logical_shape, int[] offsets, int seed, int stream, float std) -> ()");
     // outer_size 0: the outer dimension is whole here.
     m.def("dropout_add(Tensor x, Tensor? residual, float p, Tensor rng, int site, int outer_offset, int outer_size) -> Tensor");
+    m.def("dropout_add_rows(Tensor x, Tensor? residual, float p, Tensor rng, int site, Tensor rows) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megactl, CPU, m) {
     m.impl("philox_bits_", TORCH_BOX(&bits_cpu));
     m.impl("normal_", TORCH_BOX(&normal_cpu));
     m.impl("dropout_add", TORCH_BOX(&dropout_add_cpu));
+    m.impl("dropout_add_rows", TORCH_BOX(&dropout_add_rows_cpu));
 }
 
 #ifdef USE_CUDA
@@ -164,6 +232,7 @@ STABLE_TORCH_LIBRARY_IMPL(megactl, CUDA, m) {
     m.impl("philox_bits_", TORCH_BOX(&bits_cuda));
     m.impl("normal_", TORCH_BOX(&normal_cuda));
     m.impl("dropout_add", TORCH_BOX(&dropout_add_cuda));
+    m.impl("dropout_add_rows", TORCH_BOX(&dropout_add_rows_cuda));
 }
 #endif
 

@@ -19,6 +19,9 @@ class Batch(NamedTuple):
     segments int64 [b, s], the number of the document inside the sequence, or None where attention may cross documents.
     Only for encoders (None otherwise): token_types int64 [b, s], 0 in the first part of a sentence pair and 1 in the second;
     padding_mask bool [b, s], True where there is a token; sentence_labels int64 [b], 1 where the second part does not follow the first.
+    Only where a rank holds some tokens of each sequence (None otherwise): rows int64 [b, s], the index of each token within the
+    [samples, sequence] of the global batch; segments and padding_mask are those of whole sequences; block_segments stands in place of
+    segments where attention makes its masks block by block.
     """
 
     tokens: torch.Tensor
@@ -29,6 +32,8 @@ class Batch(NamedTuple):
     token_types: torch.Tensor | None = None
     padding_mask: torch.Tensor | None = None
     sentence_labels: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    block_segments: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from where a copy to the GPU does not block."""

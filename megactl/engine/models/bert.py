@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from megactl.config.schema import Model
 from megactl.engine.models.layers import (
     GELU,
+    IGNORED_LABEL,
     Dropout,
-    LayerNorm,
+    FirstToken,
     Linear,
     MicroBatch,
     Targets,
     VocabEmbedding,
     VocabHead,
     WholeEmbedding,
+    make_norm,
 )
 from megactl.engine.models.transformer import Transformer
 
@@ -31,20 +33,22 @@ SENTENCE_CLASSES = 2
 
 
 class Embedding(nn.Module):
-    """Token plus position plus token-type vectors, LayerNorm where norms stand behind, then dropout."""
+    """Token plus position (learned ones) plus token-type vectors, a norm where norms stand behind, then dropout."""
 
     def __init__(self, config: Model, rows: int) -> None:
         super().__init__()
         hidden, std = config.hidden_size, config.init_std
         self.tokens = VocabEmbedding(config.vocab_size, rows, hidden, std)
-        self.positions = WholeEmbedding(config.max_positions, hidden, std)
+        self.positions = WholeEmbedding(config.max_positions, hidden, std) if config.position_embedding == "learned" else None
         self.token_types = WholeEmbedding(TOKEN_TYPES, hidden, std)
-        self.norm = LayerNorm(hidden, config.layernorm_epsilon) if config.norm_position == "post" else None
+        self.norm = make_norm(config) if config.norm_position == "post" else None
         self.dropout = Dropout(config.hidden_dropout, site=0)
 
     def forward(self, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
         """tokens [b, s] to [b, s, h]."""
-        x = self.tokens(tokens, micro_batch) + self.positions(micro_batch.position_ids, micro_batch)
+        x = self.tokens(tokens, micro_batch)
+        if self.positions is not None:
+            x = x + self.positions(micro_batch.position_ids, micro_batch)
         x = x + self.token_types(micro_batch.token_types, micro_batch)
         if self.norm is not None:
             x = self.norm(x, micro_batch)
@@ -54,15 +58,19 @@ class Embedding(nn.Module):
 class SentenceHead(nn.Module):
     """The first position's vector to two classes."""
 
+    # Its weights see one vector a sequence, on every rank that has the head, however tokens are divided.
+    of_sequences = True
+
     def __init__(self, config: Model) -> None:
         super().__init__()
         hidden, std = config.hidden_size, config.init_std
+        self.first = FirstToken()
         self.pooler = Linear(hidden, hidden, split=None, std=std)
         self.classifier = Linear(hidden, SENTENCE_CLASSES, split=None, std=std)
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, 2]."""
-        return self.classifier(torch.tanh(self.pooler(x[:, 0], micro_batch)), micro_batch)
+        return self.classifier(torch.tanh(self.pooler(self.first(x, micro_batch), micro_batch)), micro_batch)
 
 
 class PretrainingHead(nn.Module):
@@ -74,7 +82,7 @@ class PretrainingHead(nn.Module):
         self.approximate = GELU[config.gelu]
         # Whole on every tensor-parallel rank: a cut by outputs would have to be gathered again for the norm.
         self.dense = Linear(hidden, hidden, split=None, std=config.init_std)
-        self.norm = LayerNorm(hidden, config.layernorm_epsilon)
+        self.norm = make_norm(config)
         self.decoder = decoder
         self.sentence = SentenceHead(config) if config.sentence_head is not False else None
 
@@ -109,10 +117,13 @@ class BERT(Transformer):
         logits, sentence = output
         sums = [self.head.decoder.loss_sum(logits, targets.labels, targets.mask)]
         if sentence is not None:
-            sums.append(nn.functional.cross_entropy(sentence.to(sums[0].dtype), targets.sentence_labels, reduction="sum"))
+            logits, labels = sentence.to(sums[0].dtype), targets.sentence_labels
+            sums.append(nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum"))
         return torch.stack(sums)
 
     def loss_counts(self, targets: Targets) -> Tensor:
         """[k]: masked tokens, and sequences."""
-        tokens = targets.mask.sum()
-        return torch.stack([tokens, torch.full_like(tokens, len(targets.mask))][: len(self.losses)])
+        counts = [targets.mask.sum()]
+        if len(self.losses) > 1:
+            counts.append((targets.sentence_labels != IGNORED_LABEL).sum().to(counts[0].dtype))
+        return torch.stack(counts)

@@ -1,4 +1,4 @@
-"""GPT: learned positions, causal blocks, a tied or untied head. One device, no distribution.
+"""GPT: learned or rotary positions, causal blocks, a tied or untied head. One device, no distribution.
 
 Initialisation follows GPT-2: normal(0, std), and std / sqrt(2 L) for the two projections that write to the residual
 stream (Radford et al. 2019, section 2.3). With norm_position post the model is GPT-1's (Radford et al. 2018): no final norm.
@@ -14,17 +14,20 @@ from megactl.engine.models.transformer import Transformer
 
 
 class Embedding(nn.Module):
-    """Token plus position vectors, then dropout."""
+    """Token plus position vectors (none where positions are rotary), then dropout."""
 
     def __init__(self, config: Model, rows: int) -> None:
         super().__init__()
         self.tokens = VocabEmbedding(config.vocab_size, rows, config.hidden_size, config.init_std)
-        self.positions = WholeEmbedding(config.max_positions, config.hidden_size, config.init_std)
+        learned = config.position_embedding == "learned"
+        self.positions = WholeEmbedding(config.max_positions, config.hidden_size, config.init_std) if learned else None
         self.dropout = Dropout(config.hidden_dropout, site=0)
 
     def forward(self, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
         """tokens [b, s] to [b, s, h]."""
-        x = self.tokens(tokens, micro_batch) + self.positions(micro_batch.position_ids, micro_batch)
+        x = self.tokens(tokens, micro_batch)
+        if self.positions is not None:
+            x = x + self.positions(micro_batch.position_ids, micro_batch)
         return self.dropout(x, None, micro_batch)
 
 

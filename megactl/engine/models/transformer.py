@@ -6,14 +6,16 @@ that a pipeline stage is the same class; layers keep their number within the who
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from megactl.config.schema import Model
-from megactl.engine.models.layers import MLP, Attention, Dropout, LayerNorm, MicroBatch, Targets, VocabHead
+from megactl.engine.models.layers import Attention, Dropout, MicroBatch, Norm, Targets, VocabHead, make_mlp, make_norm
+from megactl.engine.models.rotary import RotaryAngles
 
 # Dropout sites: 0 is the embedding's; layer i has SITES_PER_LAYER of them from SITES_PER_LAYER * (i + 1) on.
 SITES_PER_LAYER = 4
@@ -28,37 +30,59 @@ class Block(nn.Module):
 
     def __init__(self, config: Model, index: int, *, causal: bool = True) -> None:
         super().__init__()
-        hidden, std = config.hidden_size, config.init_std
+        std = config.init_std
         self.pre_norm = config.norm_position == "pre"
         # Only without a norm on the residual stream does its variance grow with depth.
         output_std = std / math.sqrt(2 * config.num_layers) if self.pre_norm else std
         site = SITES_PER_LAYER * (index + 1)
-        self.attention_norm = LayerNorm(hidden, config.layernorm_epsilon)
-        self.attention = Attention(
-            hidden, config.num_heads, dropout=config.attention_dropout, implementation=config.attention,
-            std=std, output_std=output_std, site=site, causal=causal,
-        )  # fmt: skip
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, std=std, output_std=output_std, site=site, causal=causal)
         self.attention_dropout = Dropout(config.hidden_dropout, site + 1)
-        self.mlp_norm = LayerNorm(hidden, config.layernorm_epsilon)
-        self.mlp = MLP(hidden, config.ffn_size or 4 * hidden, gelu=config.gelu, std=std, output_std=output_std)
+        self.mlp_norm = make_norm(config)
+        self.mlp = make_mlp(config, std=std, output_std=output_std)
         self.mlp_dropout = Dropout(config.hidden_dropout, site + 2)
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, s, h]."""
+        return self.feed_forward(*self.attend(x, micro_batch), micro_batch)
+
+    def attend(self, x: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """First half: attention's branch, and the residual it is to be added to, each [b, s, h]."""
+        return self.attention(self.attention_norm(x, micro_batch) if self.pre_norm else x, micro_batch), x
+
+    def feed_forward(self, branch: Tensor, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Second half: it begins with the addition, so that this and the norm behind it are one pass wherever a layer is cut in two."""
         if self.pre_norm:
-            branch = self.attention(self.attention_norm(x, micro_batch), micro_batch)
             y, x = add_norm(self.attention_dropout, self.mlp_norm, branch, x, micro_batch)
-            return self.mlp_dropout(self.mlp(y, micro_batch), x, micro_batch)
-        x, _ = add_norm(self.attention_dropout, self.attention_norm, self.attention(x, micro_batch), x, micro_batch)
+            # Neither dropout nor an addition reads its inputs in backward; the norm after them, below, does.
+            return self.mlp_dropout(self.mlp(y, micro_batch, unread=micro_batch.unread), x, micro_batch)
+        x, _ = add_norm(self.attention_dropout, self.attention_norm, branch, x, micro_batch)
         return add_norm(self.mlp_dropout, self.mlp_norm, self.mlp(x, micro_batch), x, micro_batch)[0]
 
+    def halves(self) -> dict[str, list[nn.Module]]:
+        """The methods that run half a layer each, and the modules they read."""
+        attention, rest = [self.attention], [self.attention_dropout, self.mlp_norm, self.mlp, self.mlp_dropout]
+        (attention if self.pre_norm else rest).insert(0, self.attention_norm)
+        return {"attend": attention, "feed_forward": rest}
 
-def add_norm(dropout: Dropout, norm: LayerNorm, branch: Tensor, x: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+
+def add_norm(dropout: Dropout, norm: Norm, branch: Tensor, x: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """(norm(sum), sum) for sum = x + dropout(branch), all [b, s, h]: without dropout in one pass over memory."""
     if dropout.drops(micro_batch):
         x = dropout(branch, x, micro_batch)
         return norm(x, micro_batch), x
     return norm.add(branch, x, micro_batch)
+
+
+# (layers, x [b, s, h], micro_batch) to the last one's [b, s, h].
+RunLayers = Callable[[Sequence[nn.Module], Tensor, MicroBatch], Tensor]
+
+
+def one_after_the_other(layers: Sequence[nn.Module], x: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """The plain way to run layers: x [b, s, h] through each."""
+    for layer in layers:
+        x = layer(x, micro_batch)
+    return x
 
 
 class Transformer(nn.Module):
@@ -80,8 +104,11 @@ class Transformer(nn.Module):
         self.embedding = self.make_embedding(rows) if first else None
         indices = range(config.num_layers) if layers is None else layers
         self.layers = nn.ModuleDict({str(i): Block(config, i, causal=self.causal) for i in indices})
+        # A seam: what keeps less for backward than autograd does runs the same layers in a way of its own.
+        self.run_layers: RunLayers = one_after_the_other
         has_norm = last and config.norm_position == "pre"
-        self.final_norm = LayerNorm(config.hidden_size, config.layernorm_epsilon) if has_norm else None
+        self.final_norm = make_norm(config) if has_norm else None
+        self.angles = RotaryAngles(config) if config.position_embedding == "rope" else None
         self.head = self.make_head(rows) if last else None
 
     def make_embedding(self, rows: int) -> nn.Module:
@@ -118,13 +145,17 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor | None]:
         """Tokens [b, s] (first stage) or hidden states [b, s, h] to what the head gives (last stage) or hidden states."""
+        micro_batch = self.positioned(micro_batch)
         if self.embedding is not None:
             x = self.embedding(x, micro_batch)
-        for layer in self.layers.values():
-            x = layer(x, micro_batch)
+        x = self.run_layers(list(self.layers.values()), x, micro_batch)
         if self.final_norm is not None:
             x = self.final_norm(x, micro_batch)
         return x if self.head is None else self.head(x, micro_batch)
+
+    def positioned(self, micro_batch: MicroBatch) -> MicroBatch:
+        """The micro-batch with what all layers need to know of its positions: the angles of rotary embedding, where the model has it."""
+        return micro_batch if self.angles is None else dataclasses.replace(micro_batch, rotary=self.angles(micro_batch.position_ids))
 
     def loss_sums(self, output: Tensor | tuple[Tensor, Tensor | None], targets: Targets) -> Tensor:
         """[k], for each of `losses` the sum over what `loss_counts` counts; `output` is the last stage's."""

@@ -17,7 +17,7 @@ from megactl.errors import BuildError, ConfigError, Problem
 
 MODES = ("auto", "compiled", "torch")
 # The modules beside this one that have operators, each with a function `register`.
-TOPICS = ("philox", "adamw", "cross_entropy", "gelu", "gradients", "norm", "softmax")
+TOPICS = ("philox", "adamw", "cross_entropy", "gelu", "gradients", "norm", "rotary", "softmax", "swiglu")
 
 
 def mode() -> str:

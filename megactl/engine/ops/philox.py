@@ -77,17 +77,14 @@ def dropout_add(
 ) -> Tensor:
     """residual + dropout(x), or dropout(x) where `residual` is None: zero with probability p, scaled by 1 / (1 - p) otherwise.
 
-    x is [batch, outer, *inner], and may hold positions outer_offset .. of outer_size (default: all) along the second dimension.
+    x is [batch, outer, *inner], and may hold positions outer_offset .. of outer_size (default: all) along the second dimension. Where
+    batch is 1 these may run past outer_size: x is then a range of rows of the flattened [batch, outer], that begins at outer_offset.
     `rng` is int64 [3] on x's device: seed, step (not 0xFFFFFFFF), index of x's first sample in the global batch; `site` says which
     dropout of which layer this is. Differentiable in x and residual: the backward pass draws the mask again, so `rng` must keep its
     values until then (autograd refuses one that was changed in place) and nothing else is saved.
     x and residual are made contiguous; the result is. Raises ConfigError for p outside [0, 1), ValueError for shapes that do not fit.
     """
-    if not 0.0 <= p < 1.0:
-        raise ConfigError([Problem(f"dropout probability = {p}", "must lie in [0, 1)", "set 0 for no dropout")])
-    if residual is not None:
-        fits = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
-        _require(fits, "residual must have the shape, dtype and device of x", residual=residual, x=x)
+    _check_probability(p, x, residual)
     if p == 0.0:
         return x if residual is None else residual + x
     _check_dropout(x, rng, outer_offset, outer_size)
@@ -95,14 +92,46 @@ def dropout_add(
     return compiled("dropout_add", *arguments) if use_compiled() else reference.dropout_add(*arguments)
 
 
-def _check_dropout(x: Tensor, rng: Tensor, outer_offset: int, outer_size: int | None) -> None:
-    _require(x.dim() >= 2 and x.dtype in FLOATS, "must be a floating-point tensor [batch, outer, *inner]", x=x)
+def dropout_add_rows(x: Tensor, residual: Tensor | None, p: float, rng: Tensor, site: int, rows: Tensor) -> Tensor:
+    """`dropout_add` of rows from anywhere in a larger tensor: x [*rows, columns] holds row rows[i] of [all rows, columns] as its i-th.
+
+    `rows` is int64, of x's shape less the last dimension, on x's device: each row's index counted over the whole global batch, so that
+    of `rng` only seed and step are used. Rows 0, 1, ... keep what `dropout_add` keeps of the whole tensor with first sample 0.
+    Both `rng` and `rows` must keep their values until backward. Raises as `dropout_add` does.
+    """
+    _check_probability(p, x, residual)
+    if p == 0.0:
+        return x if residual is None else residual + x
+    _require(x.dim() >= 2 and x.dtype in FLOATS, "must be a floating-point tensor [*rows, columns]", x=x)
+    _check_rng(x, rng)
+    fits = rows.dtype == torch.int64 and rows.shape == x.shape[:-1] and rows.device == x.device
+    _require(fits, "rows must be int64 on the device of x, one for each row of it", rows=rows, x=x)
+    arguments = (x.contiguous(), None if residual is None else residual.contiguous(), p, rng, site, rows.contiguous())
+    return compiled("dropout_add_rows", *arguments) if use_compiled() else reference.dropout_add_rows(*arguments)
+
+
+def _check_probability(p: float, x: Tensor, residual: Tensor | None) -> None:
+    if not 0.0 <= p < 1.0:
+        raise ConfigError([Problem(f"dropout probability = {p}", "must lie in [0, 1)", "set 0 for no dropout")])
+    if residual is not None:
+        fits = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+        _require(fits, "residual must have the shape, dtype and device of x", residual=residual, x=x)
+
+
+def _check_rng(x: Tensor, rng: Tensor) -> None:
     fits = rng.dtype == torch.int64 and rng.shape == (3,) and rng.device == x.device and rng.is_contiguous()
     _require(fits, "rng must be int64 [3] on the device of x: seed, step, first sample", rng=rng, x=x)
+
+
+def _check_dropout(x: Tensor, rng: Tensor, outer_offset: int, outer_size: int | None) -> None:
+    _require(x.dim() >= 2 and x.dtype in FLOATS, "must be a floating-point tensor [batch, outer, *inner]", x=x)
+    _check_rng(x, rng)
     if outer_size is not None or outer_offset != 0:
         whole = x.shape[1] if outer_size is None else outer_size
-        holds = 0 <= outer_offset <= whole - x.shape[1]
-        _require(holds, "x's positions must lie in the outer size", outer_offset=outer_offset, outer_size=whole, x=x)
+        # One sample may run on into the next: its elements are consecutive there too.
+        runs_on = x.shape[0] == 1 and outer_size is not None
+        holds = outer_offset >= 0 and (runs_on or outer_offset + x.shape[1] <= whole)
+        _require(holds, "x's positions must lie in the outer size, or x be one sample", outer_offset=outer_offset, outer_size=whole, x=x)
 
 
 def _seed(seed: int) -> int:
@@ -120,10 +149,12 @@ def _require(holds: bool, rule: str, **found: object) -> None:
 
 def register() -> None:
     """Tell torch what shapes the operators give, and that dropout's backward is dropout of the gradient."""
-    torch.library.register_fake("megactl::dropout_add", lambda x, *rest: torch.empty_like(x))
+    for name in ("dropout_add", "dropout_add_rows"):
+        torch.library.register_fake(f"megactl::{name}", lambda x, *rest: torch.empty_like(x))
     for name in ("philox_bits_", "normal_"):
         torch.library.register_fake(f"megactl::{name}", lambda *arguments: None)
     differentiable("dropout_add", _dropout_backward, _dropout_context)
+    differentiable("dropout_add_rows", _dropout_rows_backward, _dropout_rows_context)
 
 
 def _dropout_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -139,3 +170,14 @@ def _dropout_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None
         # The gradient is dropped and scaled as the input was: the same operator, without a residual.
         grad_x = compiled("dropout_add", grad.contiguous(), None, ctx.p, rng, ctx.site, ctx.outer_offset, ctx.outer_size)
     return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None
+
+
+def _dropout_rows_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, _, ctx.p, rng, ctx.site, rows = inputs
+    ctx.save_for_backward(rng, rows)
+
+
+def _dropout_rows_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    rng, rows = ctx.saved_tensors
+    grad_x = compiled("dropout_add_rows", grad.contiguous(), None, ctx.p, rng, ctx.site, rows) if ctx.needs_input_grad[0] else None
+    return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None

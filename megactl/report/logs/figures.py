@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,18 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megactl.errors import MegactlError
+from megactl.report.drawing import blank_figure, plain_axes, save_figure
 from megactl.report.logs.layout import switch
 from megactl.report.logs.rows import Row
 from megactl.report.logs.run_folder import named_after
-from megactl.storage import durable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from megactl.report.curves import Curve
 
-ENDINGS = (".png", ".svg", ".pdf")
 _POINTS = 2000
 _SHOWN = 16
 """Names a legend can hold; further runs are drawn without one."""
@@ -83,7 +80,7 @@ def write_curves(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
         raise MegactlError(f"{path}: nothing to draw: no run has an iteration with a loss or a time", "leave --plot out")
     # A colour for each run that is drawn at all, the same in both panels.
     shown = [(row, name) for row, name in zip(rows, names, strict=True) if any(_has(row, column) for column, _ in drawn)]
-    figure = _figure((9, 3.4 * len(drawn) + 0.25 * min(len(shown), _SHOWN)), path)
+    figure = blank_figure((9, 3.4 * len(drawn) + 0.25 * min(len(shown), _SHOWN)), path)
     all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (column, label) in zip(all_axes, drawn, strict=True):
         for place, (row, name) in enumerate(shown):
@@ -100,7 +97,7 @@ def write_curves(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
         listed = [name for _, name in shown if name in handles][:_SHOWN]
         wide = len(listed) > 4 and max(map(len, listed)) <= 40
         figure.legend([handles[name] for name in listed], listed, loc="outside lower center", ncols=2 if wide else 1, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _has(row: Row, column: str) -> bool:
@@ -141,13 +138,7 @@ def _dress_curves(axes: Axes, rows: Sequence[Row], column: str) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    _plain_axes(axes)
-
-
-def _plain_axes(axes: Axes) -> None:
-    axes.grid(color="#e3e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
 
 
 def write_experiment(rows: Sequence[Row], name: str, path: Path) -> None:
@@ -158,7 +149,7 @@ def write_experiment(rows: Sequence[Row], name: str, path: Path) -> None:
     known = [(x, series, y) for x, series, y in points if x is not None and y is not None]
     if not known:
         raise MegactlError(f"{path}: nothing to draw: no run of {name} has {experiment.x_label} and a speed", "look at --columns layout")
-    figure = _figure((7.5, 4.8), path)
+    figure = blank_figure((7.5, 4.8), path)
     axes = figure.add_subplot()
     ticks = sorted({x for x, _, _ in known})
     named = len(experiment.x) > 1
@@ -171,7 +162,7 @@ def write_experiment(rows: Sequence[Row], name: str, path: Path) -> None:
         axes.plot(*zip(*mine, strict=True), "o", color=f"C{index}", markersize=5)
     _dress(axes, experiment, exact, ticks, named=named)
     axes.set_title(f"{experiment.title} ({name.replace('_', ' ')} of SC21)", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _dress(axes: Axes, experiment: Experiment, exact: bool, ticks: list[tuple[float, ...]], *, named: bool) -> None:
@@ -186,7 +177,7 @@ def _dress(axes: Axes, experiment: Experiment, exact: bool, ticks: list[tuple[fl
         axes.set_xticks(values, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in values])
         axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    _plain_axes(axes)
+    plain_axes(axes)
     if any(axes.get_legend_handles_labels()[1]):
         axes.legend(frameon=False)
 
@@ -211,21 +202,3 @@ def _y(row: Row, experiment: Experiment, exact: bool) -> float | None:
     if experiment.y == "sequences":
         return row.values["gbs"] / row.speed.mean if row.values["gbs"] and row.speed.mean else None
     return _exact(row) if exact else row.values["tflops_per_gpu"]
-
-
-def _figure(inches: tuple[float, float], path: Path) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MegactlError(f"{path.name} needs matplotlib, which is not installed", 'pip install "megactl[plot]"') from error
-    # Not through pyplot: its registry of figures and its choice of a backend are global state.
-    return Figure(figsize=inches, dpi=144, layout="constrained")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.lower().lstrip("."))
-    try:
-        durable.write_output(path, content.getvalue())
-    except OSError as error:
-        raise MegactlError(f"{path}: cannot be written: {error.strerror}", "choose another place with --plot") from error

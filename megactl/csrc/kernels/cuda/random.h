@@ -16,8 +16,17 @@ struct Dropout {
     double scale;
 };
 
+// Dropout of rows that each have a place of their own: row r is elements ids[r] * columns and following.
+struct DropoutRows {
+    int64_t rows, columns;
+    const int64_t *ids, *rng;            // on the device; of rng the seed and the step
+    uint32_t site, threshold;
+    double scale;
+};
+
 int bits(const Stream& stream_words, uint64_t first, int64_t n, int64_t* out, void* stream);
 int normal(Type type, const Stream& stream_words, const Rectangle& rectangle, double std, void* out, void* stream);
 int dropout_add(Type type, const Dropout& settings, const void* x, const void* residual, void* y, void* stream);
+int dropout_add_rows(Type type, const DropoutRows& settings, const void* x, const void* residual, void* y, void* stream);
 
 }  // namespace megactl::cuda

@@ -138,7 +138,18 @@ def dropout_add(x: Tensor, residual: Tensor | None, p: float, rng: Tensor, site:
     inner = x[0, 0].numel() if x.numel() else 0
     sample = rng[2] + torch.arange(batch, device=x.device)
     first = (sample * (outer_size or outer) + outer_offset) * inner
-    upper, lower = (_halves(first, outer * inner, rng[0], stream, rng[1]) for stream in (site, site ^ 0x80000000))
+    return _drop(x, residual, p, rng, site, first)
+
+
+def dropout_add_rows(x: Tensor, residual: Tensor | None, p: float, rng: Tensor, site: int, rows: Tensor) -> Tensor:
+    """See `megactl.engine.ops.philox.dropout_add_rows`. Differentiable; keeps its mask for the backward pass."""
+    return _drop(x, residual, p, rng, site, rows.flatten() * x.shape[-1])
+
+
+def _drop(x: Tensor, residual: Tensor | None, p: float, rng: Tensor, site: int, first: Tensor) -> Tensor:
+    """residual + dropout(x): x is cut into as many runs of consecutive elements as there are in `first`, which each begins at."""
+    run = x.numel() // max(1, first.numel())
+    upper, lower = (_halves(first, run, rng[0], stream, rng[1]) for stream in (site, site ^ 0x80000000))
     keep = ((upper << 16) + lower).view(x.shape) >= int(p * 2**32)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.where(keep, x.to(compute) * (1.0 / (1.0 - p)), 0.0)

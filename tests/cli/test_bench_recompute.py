@@ -1,0 +1,113 @@
+"""`megactl bench recompute`: real steps of tiny models on CPU ranks, what is refused, the table beside the study, the picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megactl.cli import main
+from megactl.commands import bench_recompute
+from megactl.report.published import STRATEGIES, recompute_rows
+from megactl.report.recompute import write_recompute_plot
+
+TINY = [
+    "bench",
+    "recompute",
+    "--device",
+    "cpu",
+    "--layers",
+    "2",
+    "--hidden",
+    "64",
+    "--seq",
+    "32",
+    "--iterations",
+    "2",
+    "--setting",
+    "megactl",
+]
+
+
+def test_the_study_is_whole():
+    rows = recompute_rows()
+    assert len(rows) == 80 and {row.strategy for row in rows} == set(STRATEGIES)
+    assert {(row.model, row.tp, row.pp) for row in rows} == {
+        ("bert-345m", 2, 2),
+        ("bert-345m", 4, 2),
+        ("gpt-345m", 4, 2),
+        ("gpt-345m", 8, 1),
+    }
+    (row,) = [row for row in rows if (row.model, row.tp, row.seq_length, row.strategy) == ("bert-345m", 2, 512, "full")]
+    assert (row.time_ms, row.peak_mib) == (448, 1801)
+
+
+def test_two_ranks_go_through_the_list(capfd, tmp_path):
+    options = ["--nproc", "2", "--layout", "2x1", "--layout", "3x1", "--strategy", "baseline", "--json"]
+    code = main(
+        [*TINY, *options, "--run-dir", str(tmp_path / "run"), "--markdown", str(tmp_path / "table.md"), "--plot", str(tmp_path / "t.svg")]
+    )
+    out, err = capfd.readouterr()
+    document = json.loads(out)
+    assert code == document["exit_code"] == 0
+    assert document["left_out"] == [f"{name}, tp 3, pp 1: needs 3 ranks or a multiple, and there are 2" for name in bench_recompute.MODELS]
+    assert [(row["model"], row["tp"], row["strategy"]) for row in document["rows"]] == [
+        (model, 2, strategy) for model in bench_recompute.MODELS for strategy in ("baseline",)
+    ]
+    for row in document["rows"]:
+        # The study's model has 24 layers: nothing of it stands beside another model's row.
+        assert row["ms"] > 0 and row["peak_mib"] is None and row["study_ms"] is None
+    assert "## gpt-345m, tp 2, pp 1" in (tmp_path / "table.md").read_text() and (tmp_path / "t.svg").read_text().startswith("<?xml")
+    assert "left out: bert-345m, tp 3, pp 1" in err
+
+
+def test_every_wrong_option_at_once(capsys):
+    wrong = ["--model", "t5", "--strategy", "some", "--layout", "2", "--setting", "fp8", "--iterations", "0", "--seq", "0"]
+    assert main(["bench", "recompute", *wrong]) == 2
+    message = capsys.readouterr().err
+    for part in (
+        "--model t5: must be one of bert-345m, gpt-345m",
+        "--strategy some",
+        "--layout 2: must be tensor x pipeline",
+        "--setting fp8",
+    ):
+        assert part in message
+    assert "--iterations 0: must be at least 1" in message and "--seq 0" in message
+
+
+def test_nothing_fits(capsys):
+    assert main([*TINY, "--nproc", "2", "--layout", "4x2"]) == 2
+    assert "no layout fits this machine" in capsys.readouterr().err
+
+
+def measured_rows() -> list[dict]:
+    rows = []
+    for row in recompute_rows():
+        if (row.model, row.tp) == ("bert-345m", 2):
+            rows.append({
+                "model": row.model, "tp": row.tp, "pp": row.pp, "setting": "study", "seq_length": row.seq_length, "strategy": row.strategy,
+                "ms": row.time_ms / 3, "peak_mib": row.peak_mib / 2, "study_ms": row.time_ms, "study_mib": row.peak_mib,
+            })  # fmt: skip
+    return rows
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_the_picture(tmp_path, ending):
+    write_recompute_plot(measured_rows(), tmp_path / f"picture.{ending}")
+    assert (tmp_path / f"picture.{ending}").stat().st_size > 5000
+
+
+def test_beside_the_study():
+    from megactl.engine.bench.training import Measured
+
+    document = bench_recompute._document(
+        [
+            Measured(("bert-345m", "2", "2", "study", "512", strategy), (ms, ms, ms), 1000.0, 7.0, 4, "cpu")
+            for strategy, ms in (("baseline", 20.0), ("full", 26.0))
+        ],
+        {"iterations": 3, "layers": None, "hidden": None},
+    )
+    baseline, full = document["rows"]
+    assert (baseline["study_ms"], full["study_ms"], full["study_mib"]) == (327, 448, 1801)
+    assert full["time_over_baseline"] == pytest.approx(1.3) and full["study_over_baseline"] == pytest.approx(448 / 327)
+    assert bench_recompute._cells_of(full)[3:] == ["26.0", "0.0", "1000", "448", "1801", "1.30", "1.37"]
