@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from megactl.engine import (
-    flat,
-)
+from torch import arange
+
+from megactl.engine import flat
 from megactl.engine.models import layers, rotary
 from parity.faults import Mutation, patched
 

@@ -9,8 +9,7 @@ import torch
 
 from megactl.engine import activations, saved_inputs
 from megactl.engine.models import layers
-from parity.mutations import Mutation
-from parity.mutations import _patched as patched
+from parity.faults import Mutation, patched
 
 
 def _again_with(**changes: Callable) -> Callable:
