@@ -155,11 +155,7 @@ class Parallel:
     zero: int | None = setting(
         None, "ZeRO stage: what the d = dp x cp replicas share. Bytes a parameter in bf16: 0 nothing, 18; 1 optimizer, 6 + 12/d; "
         "2 also gradients, 2 + 16/d, but every micro-batch reduces them; 3 also weights, 18/d, gathered twice a micro-batch "
-<<<<<<< HEAD
-        "(default 1 when d > 1)",
-=======
         "(default 1 when dp x cp > 1)",
->>>>>>> 8a8124431eadb79102d8d33c60f9ce2e3d8049b9
         flags=("--zero",),
     )  # fmt: skip
     zero_prefetch: int = setting(
