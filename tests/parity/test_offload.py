@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
-from parity.cases import Case, with_settings
+from megactl.config.schema import Run
+from megactl.engine import offload
+from parity.cases import Case, Plan, with_settings
 from parity.comparison import differing_bits
+from parity.corpus import Corpus
 from parity.harness import Parity
-from parity.pool import Pools
+from parity.jobs import RankResult, train
+from parity.pool import Pools, Worker
 from parity.test_no_sync import FROM_HOST, step_under_watch
 
 TOLERANCE = 1e-9
@@ -82,3 +88,32 @@ def test_with_the_optimizer_a_step_reads_its_numbers_once(pools: Pools):
     for found, _ in pools.run(case.world_size, step_under_watch, case, None):
         # The numbers of the step, and one look at whether to skip it.
         assert found == {FROM_HOST: 1, "cpu": 1, "__bool__": 1, "_local_scalar_dense": 1}
+
+
+def train_in_pieces(worker: Worker, run: Run, corpus: Corpus, plan: Plan) -> tuple[RankResult, int]:
+    """What a rank does that copies 100 elements at a time; and in how many pieces it works on a part."""
+    made: list[list] = []
+    cut = offload._pieces
+
+    def pieces(states, limit):
+        made.append(cut(states, 100))
+        return made[-1]
+
+    with mock.patch.object(offload, "_pieces", pieces):
+        return train(worker, run, corpus, plan), max(map(len, made))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(**OPTIMIZER, dp=2, zero=1, precision="bf16"),
+        Case(**BOTH, precision="fp32"),
+        Case(**PARAMETERS, dp=2, precision="bf16", threshold=100),
+        Case(**PARAMETERS, precision="fp32"),
+    ],
+    ids=show,
+)
+def test_how_it_is_cut_does_not_change_a_bit(parity: Parity, pools: Pools, case: Case):
+    found = pools.run(case.world_size, train_in_pieces, case.run(), parity.corpus(case), case.plan())
+    assert differing_bits([result for result, _ in found], parity.engine(case)) == []
+    assert all(count > 100 for _, count in found)
