@@ -111,7 +111,7 @@ class _Piece:
 
 
 def _pieces(states: list[BucketState], limit: int) -> list[_Piece]:
-    """The segments of all shares in pieces of at most `limit` elements, in order."""
+    """The segments of all shares in pieces of at most `limit` elements, in order; of each bucket one piece at least."""
     found = []
     for index, state in enumerate(states):
         parts = [
@@ -119,6 +119,8 @@ def _pieces(states: list[BucketState], limit: int) -> list[_Piece]:
             for segment in state.segments
             for start in range(segment.start, segment.stop, limit)
         ]
+        # A share that is padding alone has a piece of nothing: its bucket is gathered by this replica as by the others.
+        parts = parts or [(slice(0, 0), False)]
         found += [_Piece(index, part, decay, number == len(parts)) for number, (part, decay) in enumerate(parts, 1)]
     return found
 
