@@ -166,6 +166,7 @@ def _model(run: Run) -> dict[str, Any]:
 
 def memory_of(resolved: Resolved) -> dict[str, Any]:
     """Predicted bytes of one rank of each stage, and of the fullest; what the prediction leaves out is named in costmodel.memory."""
+    from megactl.config.memory import offload_targets
     from megactl.costmodel.memory import Layout, estimate_stages
 
     run, batch = resolved.run, resolved.batch
@@ -182,6 +183,17 @@ def memory_of(resolved: Resolved) -> dict[str, Any]:
         schedule=run.parallel.schedule,
         virtual_pipeline=run.parallel.virtual_pipeline,
         split=run.parallel.pipeline_split,
+        sequence_parallel=run.parallel.sequence_parallel,
+        context_parallel=run.parallel.context_parallel,
+        bucket_size=run.parallel.bucket_size,
+        zero_prefetch=run.parallel.zero_prefetch,
+        split_layers=run.parallel.split_layers,
+        tile=run.parallel.tile,
+        recompute=run.memory.recompute,
+        recompute_method=run.memory.recompute_method,
+        recompute_layers=run.memory.recompute_layers,
+        partition_activations=run.memory.partition_activations,
+        offload=offload_targets(run.memory.offload),
     )
     stages = [estimate.as_dict() for estimate in estimate_stages(run.model, layout)]
     return {"largest_rank_bytes": max(stage["total"] for stage in stages), "stages": stages}
@@ -190,13 +202,15 @@ def memory_of(resolved: Resolved) -> dict[str, Any]:
 def _cost_text(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, memory = document["model"], document["memory"]
     fullest = max(memory["stages"], key=lambda stage: stage["total"])
-    state = ", ".join(
-        f"{part} {size(fullest[part])}" for part in ("weights", "gradients", "optimizer", "activations", "logits", "transient")
-    )
+    parts = ["weights", "gradients", "optimizer", "activations", "logits", "transient"]
+    parts[3:3] = [] if not fullest["live_state"] else ["live_state"]
+    state = ", ".join(f"{part.replace('_', ' ')} {size(fullest[part])}" for part in parts)
+    host = max(stage["host"] for stage in memory["stages"])
     per_rank = f"at most {count(max(model['parameters_per_rank']))} on a rank"
     return [
         ("model", f"{count(model['parameters'])} parameters, {per_rank}, {count(model['flops_per_iteration'])} FLOPs an iteration"),
         ("memory", f"{size(memory['largest_rank_bytes'])} on a rank of stage {fullest['stage']}, predicted: {state}"),
+        *([("host memory", f"at most {size(host)} a rank, predicted")] if host else []),
     ]
 
 

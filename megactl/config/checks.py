@@ -242,6 +242,18 @@ def _context_parallel(names: Names) -> Iterator[Problem]:
         yield Problem(where, f"trades tokens for heads, and must divide {heads}", instead)
 
 
+def _sequence_parallel(names: Names) -> Iterator[Problem]:
+    training, parallel, show = names.run.training, names.run.parallel, names.show
+    tp, cp = parallel.tensor_parallel, parallel.context_parallel
+    if not parallel.sequence_parallel or training.micro_batch_size * training.seq_length % (tp * cp) == 0:
+        return
+    where = f"{show('training.micro_batch_size')} with {show('training.seq_length')}"
+    ranks = show("parallel.tensor_parallel") + (f" x {show('parallel.context_parallel')}" if cp > 1 else "")
+    rule = f"with {show('parallel.sequence_parallel')} the tokens of a micro-batch must be a multiple of {ranks}"
+    lengths = nearest_multiples(training.seq_length, tp * cp // math.gcd(tp * cp, training.micro_batch_size))
+    yield Problem(where, rule, f"use --seq-length {lengths}, or leave --sp out")
+
+
 def _pipeline_parallel(names: Names) -> Iterator[Problem]:
     model, parallel, show = names.run.model, names.run.parallel, names.show
     pp, chunks = parallel.pipeline_parallel, model_chunks(parallel)
@@ -279,13 +291,19 @@ def _tiles(names: Names) -> Iterator[Problem]:
     """A tile is an equal share of the outputs, or the inputs, that a rank has of each matrix of a layer."""
     model, parallel, show = names.run.model, names.run.parallel, names.show
     tp, tile = parallel.tensor_parallel, parallel.tile
-    ffn = model.ffn_size or 4 * model.hidden_size
-    if tile == 1 or model.hidden_size % tp or ffn % tp:
+    # Outputs of qkv, of what leads into the MLP; inputs of the two that write to the residual stream.
+    widths = {
+        "hidden": model.hidden_size,
+        "queries, keys and values": model.hidden_size // model.num_heads * (model.num_heads + 2 * model.key_value_heads),
+        "the MLP's width": model.mlp_width,
+    }
+    if any(width % tp for width in widths.values()):
         return
-    common = math.gcd(model.hidden_size // tp, ffn // tp)
+    common = math.gcd(*(width // tp for width in widths.values()))
     if common % tile:
-        where = f"hidden / tp = {model.hidden_size // tp} and the MLP's width / tp = {ffn // tp}"
-        yield Problem(show("parallel.tile"), f"must divide {where}", f"use --tile {nearest_divisors(tile, common)}")
+        over = f" / tp {tp}" if tp > 1 else ""
+        wrong = ", ".join(f"{name}{over} = {width // tp}" for name, width in widths.items() if width // tp % tile)
+        yield Problem(show("parallel.tile"), f"must divide {wrong}", f"use --tile {nearest_divisors(tile, common)}")
 
 
 def _pair_length(names: Names) -> Iterator[Problem]:
@@ -364,9 +382,13 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_positions, ("model.max_positions", "training.seq_length")),
     (_tensor_parallel, ("model.num_heads", "model.kv_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
     (_context_parallel, ("model.num_heads", "parallel.tensor_parallel", "parallel.context_parallel", "training.seq_length")),
+    (
+        _sequence_parallel,
+        ("training.micro_batch_size", "training.seq_length", "parallel.tensor_parallel", "parallel.context_parallel"),
+    ),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel", "parallel.virtual_pipeline")),
     (_recompute_layers, ("model.num_layers", "memory.recompute_layers")),
-    (_tiles, ("model.hidden_size", "model.ffn_size", "parallel.tensor_parallel", "parallel.tile")),
+    (_tiles, ("model.hidden_size", "model.num_heads", "model.kv_heads", "model.ffn_size", "parallel.tensor_parallel", "parallel.tile")),
     (_pair_length, ("training.seq_length",)),
     (_min_lr, ("optimizer.lr", "optimizer.min_lr")),
     (_loss_scales, ("training.initial_loss_scale", "training.min_loss_scale")),

@@ -18,9 +18,11 @@ class Names:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def show(self, name: str) -> str:
-        """"--tp 3", or "--heads 24 (preset gpt-1.7b)", or "--heads 24 (run.toml:4)"."""
+        """"--tp 3", or "--heads 24 (preset gpt-1.7b)", or "--heads 24 (run.toml:4)"; "no --zero" where it is open."""
         setting = all_settings()[name]
         value = setting.read(self.run)
+        if value is None:
+            return f"no {setting.flag}"
         if setting.type is bool:
             text = setting.flag if value else f"--no-{setting.flag.removeprefix('--')}"
         else:

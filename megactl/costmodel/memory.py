@@ -9,8 +9,8 @@ Symbols: s tokens, b sequences in a micro-batch, h hidden, f MLP width, a heads,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 from megactl.config.schema import Model
 from megactl.costmodel.parameters import (
@@ -22,8 +22,11 @@ from megactl.costmodel.parameters import (
     split_layers,
     stage_parts,
     stage_ranks,
+    unit_parameters,
     vocabulary,
 )
+from megactl.costmodel.recompute import KeptLayers, Recompute, kept_layers
+from megactl.costmodel.zero import Units, live_bytes
 from megactl.errors import ConfigError, Problem
 
 
@@ -73,10 +76,14 @@ class ModelState:
 
 
 def model_state(parameters: int, precision: str, *, zero: int = 0, data_parallel: int = 1) -> ModelState:
-    """Bytes on a rank that holds `parameters` of a stage; ZeRO 1 leaves it a share of the optimizer. Raises ConfigError for `precision`."""
+    """Bytes on a rank that holds `parameters` of a stage. ZeRO leaves it a share of the optimizer (1), of the gradients too (2), of the
+    weights too (3). Raises ConfigError for `precision`."""
     state = precision_sizes(precision).state
-    shares = data_parallel if zero else 1
-    return ModelState(parameters * state.weight, parameters * state.gradient, -(-parameters * state.optimizer // shares))
+    held = [
+        -(-parameters * size // (data_parallel if zero >= stage else 1))
+        for size, stage in ((state.weight, 3), (state.gradient, 2), (state.optimizer, 1))
+    ]
+    return ModelState(*held)
 
 
 @dataclass(frozen=True)
@@ -94,13 +101,29 @@ class Layout:
     schedule: str = "1f1b"
     virtual_pipeline: int = 1
     split: str | None = None
+    sequence_parallel: bool = False
+    context_parallel: int = 1
+    bucket_size: int = 40_000_000
+    zero_prefetch: int = 1
+    split_layers: bool = False
+    tile: int = 1
+    recompute: str = "none"
+    recompute_method: str = "uniform"
+    recompute_layers: int = 1
+    partition_activations: bool = False
+    offload: frozenset[str] = frozenset()
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights: they share what ZeRO divides."""
+        return self.data_parallel * self.context_parallel
 
     def problems(self) -> list[Problem]:
         """Every value that no run can have."""
-        counts = [field.name for field in fields(self) if field.type == "int" and field.name != "zero"]
+        counts = [field.name for field in fields(self) if field.type == "int" and field.name not in ("zero", "zero_prefetch")]
         found = [Problem(f"{name} = {getattr(self, name)}", "must be at least 1", "set 1") for name in counts if getattr(self, name) < 1]
-        if self.zero not in (0, 1):
-            found.append(Problem(f"zero = {self.zero}", "has no memory formula", "set 0 or 1"))
+        if self.zero not in (0, 1, 2, 3):
+            found.append(Problem(f"zero = {self.zero}", "ZeRO has the stages 0 to 3", "set 0, 1, 2 or 3"))
         return found
 
 
@@ -109,8 +132,9 @@ class MemoryEstimate:
     """Bytes on one rank. `total` is the peak of an iteration, so logits and transient do not add up.
 
     stage: its pipeline rank; the virtual stages it holds count together. live_microbatches: at the peak, each once a virtual stage.
-    weights, gradients, optimizer: there all the time. activations: kept for backward by all live micro-batches together, with the
-    output each of them sends on. logits: head and loss of the last stage at their peak. transient: working set of one layer.
+    weights, gradients, optimizer: there all the time. activations: kept for backward by all live micro-batches together. logits: head
+    and loss of the last stage at their peak. transient: working set of one layer, and what is computed again with it. live_state: weights
+    and gradients that ZeRO 2 and 3 have whole for a while. host: bytes in host memory, of which nothing is in the total.
     """
 
     stage: int
@@ -122,6 +146,8 @@ class MemoryEstimate:
     activations: int
     logits: int
     transient: int
+    live_state: int = 0
+    host: int = 0
 
     @property
     def model_state(self) -> int:
@@ -131,7 +157,7 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Peak bytes of tensors: loss and layer backward are never in progress at the same time."""
-        return self.model_state + self.activations + max(self.logits, self.transient)
+        return self.model_state + self.live_state + self.activations + max(self.logits, self.transient)
 
     def as_dict(self) -> dict[str, int]:
         """All parts and the total, in bytes (parameters and micro-batches are counts)."""
@@ -149,7 +175,7 @@ def estimate_stages(model: Model, layout: Layout) -> tuple[MemoryEstimate, ...]:
 
 
 def estimate_stage(model: Model, layout: Layout, rank: int) -> MemoryEstimate:
-    """Peak bytes of tensors on a rank that holds the virtual stages of pipeline rank `rank`, without activation recomputation.
+    """Peak bytes of tensors on a rank that holds the virtual stages of pipeline rank `rank`.
 
     Left out: the CUDA context (0.5 to 2 GB), communication buffers of NCCL and of transfers in flight, library workspaces,
     the caching allocator's fragmentation (2 to 6 % of the rest), masks of documents (`reset_attention_mask`), dropout masks where
@@ -162,29 +188,61 @@ def estimate_stage(model: Model, layout: Layout, rank: int) -> MemoryEstimate:
     placed = stage_ranks(layout.pipeline_parallel, layout.schedule, layout.virtual_pipeline)
     held = [stage for stage, owner in enumerate(placed) if owner == rank]
     shape = {"tp": layout.tensor_parallel, "num_stages": len(placed), "seq_length": layout.seq_length, "split": layout.split}
-    parameters = sum(sum(stage_parts(model, stage=stage, **shape).values()) for stage in held)
-    state = model_state(parameters, layout.precision, zero=layout.zero, data_parallel=layout.data_parallel)
+    by_stage = {stage: sum(stage_parts(model, stage=stage, **shape).values()) for stage in held}
+    parameters, layers = sum(by_stage.values()), _stage_layers(model, layout, len(placed))
+    state = model_state(parameters, layout.precision, zero=layout.zero, data_parallel=layout.replicas)
     sizes = _Sizes.of(model, layout)
-    live = live_at_peak(layout, rank, {stage: _kept(model, layout, sizes, stage, len(placed)) for stage in held})
+    kept = {stage: _kept(model, layout, sizes, stage, layers[stage]) for stage in held}
+    live = live_at_peak(layout, rank, {stage: each.device for stage, each in kept.items()})
+    on_host = live_at_peak(layout, rank, {stage: each.host for stage, each in kept.items()}).total
+    last = len(placed) - 1
     return MemoryEstimate(
         stage=rank,
         parameters=parameters,
         live_microbatches=live.microbatches,
         weights=state.weights,
         gradients=state.gradients,
-        optimizer=state.optimizer,
+        optimizer=0 if "optimizer" in layout.offload else state.optimizer,
         activations=live.total,
-        logits=_logits(sizes, live.of_last) if len(placed) - 1 in held else 0,
-        transient=_layer_transient(sizes),
+        logits=_logits(sizes, live.of_last) if last in held else 0,
+        transient=_layer_transient(model, layout, sizes) + max(each.again for each in kept.values()),
+        live_state=_live_state(model, layout, sizes, parameters, held, last),
+        host=on_host + (state.optimizer if "optimizer" in layout.offload else 0),
     )
 
 
-def _kept(model: Model, layout: Layout, sizes: _Sizes, stage: int, num_stages: int) -> int:
-    """Bytes one virtual stage keeps for a micro-batch: its layers, the output it sends on, what the embedding keeps."""
-    layers = len(split_layers(model.num_layers, num_stages, layout.split)[stage])
-    sent = 0 if stage == num_stages - 1 else sizes.hidden
-    ends = sent + (_embedding(model, sizes) if stage == 0 else 0)
-    return layers * layer_activations(model, layout) + ends + _rotary_tables(model, sizes)
+def _stage_layers(model: Model, layout: Layout, num_stages: int) -> list[int]:
+    return [len(layers) for layers in split_layers(model.num_layers, num_stages, layout.split)]
+
+
+def _kept(model: Model, layout: Layout, sizes: _Sizes, stage: int, layers: int) -> KeptLayers:
+    """What one virtual stage keeps for a micro-batch: its layers, and what the embedding keeps. What it sends on nobody keeps."""
+    recompute = Recompute(
+        layout.recompute,
+        layout.recompute_method,
+        layout.recompute_layers,
+        shares=layout.tensor_parallel if layout.partition_activations else 1,
+        on_host="activations" in layout.offload,
+    )
+    kept = kept_layers(recompute, layers, layer=layer_activations(model, layout), layer_input=sizes.held)
+    return replace(kept, device=kept.device + (_embedding(model, sizes) if stage == 0 else 0) + _rotary_tables(model, sizes))
+
+
+def _live_state(model: Model, layout: Layout, sizes: _Sizes, parameters: int, held: Sequence[int], last: int) -> int:
+    """See `zero.live_bytes`. A unit is a layer, with `split_layers` its larger half, with `tile` a part of its largest matrix."""
+    whole = unit_parameters(model, tp=layout.tensor_parallel, half=layout.split_layers)
+    unit = whole if layout.tile == 1 else sizes.layer_matrix // layout.tile
+    table = sizes.head_matrix if 0 in held or last in held else 0
+    state = precision_sizes(layout.precision).state
+    return live_bytes(
+        layout.zero,
+        Units(parameters, unit, table, table_stays=0 in held and last in held and not model.untie_embeddings),
+        replicas=layout.replicas,
+        bucket=layout.bucket_size,
+        prefetch=layout.zero_prefetch,
+        weight=state.weight,
+        gradient=state.gradient,
+    )
 
 
 @dataclass(frozen=True)
@@ -212,27 +270,31 @@ def live_at_peak(layout: Layout, rank: int, kept: Mapping[int, int]) -> LivePeak
 def layer_activations(model: Model, layout: Layout) -> int:
     """Bytes one layer keeps for the backward of one micro-batch on one rank.
 
-    With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus the norms' statistics. SwiGLU keeps 6f/h in place of GELU's
-    4f/h; grouped queries keep 2 + 4g/a for q, k, v in place of 6 (g groups).
+    With e = 2 and f = 4h: sbh(8 + 24/t), plus attention's own tensors, plus the norms' statistics; under sequence parallelism
+    sbh 32/t. SwiGLU keeps 6f/h in place of GELU's 4f/h; grouped queries keep 2 + 4g/a for q, k, v in place of 6 (g groups). Selective
+    recomputation leaves attention's own tensors out. Of a layer that is computed again as a whole, this is what the second forward
+    keeps.
     """
     sizes = _Sizes.of(model, layout)
-    # Whole on each rank, wherever the norms stand: inputs of both norms, of qkv and of the first MLP matrix.
+    # Whole on each rank (its share of the tokens under sp), wherever the norms stand: inputs of both norms, of qkv and of the first MLP
+    # matrix.
     statistics = 1 if model.normalization == "rmsnorm" else 2
-    whole = 4 * sizes.hidden + 2 * statistics * sizes.accumulate * sizes.tokens
+    whole = 4 * sizes.held + 2 * statistics * sizes.accumulate * sizes.held_tokens
     # Split over t: q, k, v, the input of attention's output matrix, the activation's input and output.
     split = 2 * sizes.hidden // sizes.tensor_parallel + 2 * sizes.keys + sizes.first + sizes.mlp
+    if layout.recompute == "selective":
+        return whole + split
     if not sizes.unfused:
         # Log-sum-exp of every row; BERT's mask of padding, which each call turns into numbers to add.
         mask = sizes.element * sizes.tokens if is_encoder(model) else 0
         return whole + split + sizes.accumulate * model.num_heads * sizes.tokens // sizes.tensor_parallel + mask
     # Softmax for its own backward; what multiplies the values is another tensor where dropout lies between.
-    copies = 2 if model.attention_dropout > 0 else 1
-    return whole + split + copies * sizes.scores * sizes.element
+    return whole + split + sizes.score_copies * sizes.scores * sizes.element
 
 
 def _embedding(model: Model, sizes: _Sizes) -> int:
     """Bytes the embedding keeps for a micro-batch, ids aside: the input of BERT's LayerNorm and its statistics, where it has one."""
-    return sizes.hidden + 2 * sizes.accumulate * sizes.tokens if is_encoder(model) and model.norm_position == "post" else 0
+    return sizes.held + 2 * sizes.accumulate * sizes.held_tokens if is_encoder(model) and model.norm_position == "post" else 0
 
 
 def _rotary_tables(model: Model, sizes: _Sizes) -> int:
@@ -243,17 +305,23 @@ def _rotary_tables(model: Model, sizes: _Sizes) -> int:
 @dataclass(frozen=True)
 class _Sizes:
     """Recurring sizes on one rank: bytes of hidden states [s, b, h], of the keys, of the MLP's first product and of its activation
-    [s, b, f/t]; elements of the rest."""
+    [s, b, f/t]; elements of the rest.
+
+    held, held_tokens: hidden states between the matrices, and their tokens: under sequence parallelism 1/t of the whole.
+    """
 
     element: int
     accumulate: int
     tensor_parallel: int
     tokens: int
     hidden: int
+    held_tokens: int
+    held: int
     keys: int
     first: int
     mlp: int
     scores: int
+    score_copies: int
     logits: int
     layer_matrix: int
     head_matrix: int
@@ -264,7 +332,8 @@ class _Sizes:
     @staticmethod
     def of(model: Model, layout: Layout) -> _Sizes:
         precision, t = precision_sizes(layout.precision), layout.tensor_parallel
-        tokens = layout.seq_length * layout.micro_batch_size
+        tokens = layout.seq_length * layout.micro_batch_size // layout.context_parallel
+        held_tokens = -(-tokens // t) if layout.sequence_parallel else tokens
         rows = padded_vocab(vocabulary(model), t) // t
         return _Sizes(
             element=precision.element,
@@ -272,10 +341,13 @@ class _Sizes:
             tensor_parallel=t,
             tokens=tokens,
             hidden=precision.element * tokens * model.hidden_size,
+            held_tokens=held_tokens,
+            held=precision.element * held_tokens * model.hidden_size,
             keys=precision.element * tokens * key_value_width(model) // t,
             first=precision.element * tokens * first_matrix_width(model) // t,
             mlp=precision.element * tokens * ffn_width(model) // t,
             scores=model.num_heads * layout.seq_length * tokens // t,
+            score_copies=2 if model.attention_dropout > 0 else 1,
             logits=tokens * rows,
             layer_matrix=model.hidden_size * max(first_matrix_width(model), model.hidden_size + 2 * key_value_width(model)) // t,
             head_matrix=rows * model.hidden_size,
@@ -298,14 +370,21 @@ def _logits(sizes: _Sizes, live: int) -> int:
     and of its weight. Older live micro-batches (GPipe) have kept their logits.
     """
     head_backward = sizes.hidden + sizes.product(sizes.head_matrix)
-    return live * (sizes.head_inputs * sizes.hidden + sizes.logits * sizes.element) + head_backward
+    return live * (sizes.head_inputs * sizes.held + sizes.logits * sizes.element) + head_backward
 
 
-def _layer_transient(sizes: _Sizes) -> int:
-    """Largest working set inside one layer's backward, beyond what it keeps: that of the MLP, or of unfused attention."""
-    through_mlp = sizes.first + 2 * sizes.hidden + sizes.product(sizes.layer_matrix)
+def _layer_transient(model: Model, layout: Layout, sizes: _Sizes) -> int:
+    """Largest working set inside one layer's backward, beyond what it keeps: that of the MLP, or of unfused attention.
+
+    Under sequence parallelism the input of a matrix is gathered again for its weight gradient. A saved input that was shared out is
+    gathered before the layer runs again, into a tensor that the layer keeps (it is in `KeptLayers.again`).
+    """
+    gathered = sizes.hidden if layout.sequence_parallel else 0
+    through_mlp = sizes.first + sizes.hidden + sizes.held + gathered + sizes.product(sizes.layer_matrix)
     if not sizes.unfused:
         return through_mlp
-    # Gradients of the probabilities and of the scores; the MLP's kept tensors of this layer are free again by then.
-    attention = 2 * sizes.scores * sizes.element + sizes.hidden
-    return max(through_mlp, attention - 2 * sizes.hidden - sizes.first - sizes.mlp)
+    # Gradients of the probabilities and of the scores; the MLP's kept tensors of this layer are free again by then. What selective
+    # recomputation does not keep is there again.
+    again = sizes.score_copies if layout.recompute == "selective" else 0
+    attention = (2 + again) * sizes.scores * sizes.element + sizes.hidden
+    return max(through_mlp, attention - 2 * sizes.held - sizes.first - sizes.mlp)

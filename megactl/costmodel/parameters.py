@@ -224,3 +224,9 @@ def _layer_parts(model: Model) -> dict[str, tuple[int, int]]:
         "mlp": (h * first + first * biases + f * h, h * biases),
         "layernorms": (0, 2 * norm_parameters(model)),
     }
+
+
+def unit_parameters(model: Model, *, tp: int, half: bool = False) -> int:
+    """Parameters of a layer on one rank, or of the larger half of one (attention, MLP, each with its norm)."""
+    parts = {part: split // tp + whole for part, (split, whole) in _layer_parts(model).items()}
+    return max(parts["attention"], parts["mlp"]) + parts["layernorms"] // 2 if half else sum(parts.values())

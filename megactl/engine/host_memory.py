@@ -25,6 +25,11 @@ class HostBuffer:
         """Type of the elements."""
         return self.pieces[0].dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pieces."""
+        return sum(piece.nbytes for piece in self.pieces)
+
     def write(self, source: Tensor) -> None:
         """Copy `source` here. From a GPU the copy is only started, on its current stream."""
         for piece, part in self._pairs(source):

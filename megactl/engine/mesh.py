@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megactl.config.schema import Parallel
+from megactl.costmodel import parameters
 from megactl.engine.collectives import Group, all_reduce, exchange
-from megactl.schedules import num_chunks, placement
 
 AXES = ("tp", "cp", "dp", "pp")
 
@@ -88,8 +88,7 @@ def degrees(parallel: Parallel) -> dict[str, int]:
 
 def stage_ranks(parallel: Parallel) -> tuple[int, ...]:
     """The pipeline rank that holds each virtual stage of a run, in the order of the model."""
-    chunks = num_chunks(parallel.schedule, parallel.virtual_pipeline)
-    return placement(parallel.schedule, num_ranks=parallel.pipeline_parallel, chunks=chunks)
+    return parameters.stage_ranks(parallel.pipeline_parallel, parallel.schedule, parallel.virtual_pipeline)
 
 
 def build_mesh(parallel: Parallel, device: torch.device) -> Mesh:

@@ -24,6 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megactl.engine.boundary import Boundary
 from megactl.engine.collectives import exchange
 from megactl.engine.data.batch import Batch
+from megactl.engine.entrance import Entrance
 from megactl.engine.functional import WeightQueue
 from megactl.engine.mesh import Mesh
 from megactl.engine.models.layers import MicroBatch, Targets
@@ -39,11 +40,12 @@ _OPEN_EXCHANGES = 2
 class _Live:
     """A micro-batch between its forward and its backward on one stage.
 
-    x: the stage's input, whose gradient is sent. output: where backward begins; the output itself is not kept, for nothing reads its
-    values once it is sent. dtype: the output's. deferred: where a backward in two parts leaves the second.
+    entrance: where the gradient of the stage's input arrives, to be sent. output: where backward begins. Neither the input nor the
+    output is kept here: what backward reads of them the graph holds, or host memory, or the ranks that share it. dtype: the output's.
+    deferred: where a backward in two parts leaves the second.
     """
 
-    x: Tensor
+    entrance: Entrance
     output: GradientEdge
     dtype: torch.dtype
     deferred: WeightQueue | None
@@ -62,10 +64,9 @@ class StepInputs:
 class PipelineExecutor:
     """Runs steps of one rank over its parts (stages). `recorder`: where set, it is told when each computation ran."""
 
-    def __init__(self, parts: Sequence[Part], mesh: Mesh, *, hidden_size: int, dtype: torch.dtype, scatter_gather: bool = True) -> None:
+    def __init__(self, parts: Sequence[Part], mesh: Mesh, *, boundary: Boundary) -> None:
         self.parts = {part.virtual_stage: part for part in parts}
-        self.mesh, self.dtype = mesh, dtype
-        self.boundary = Boundary(mesh.tp, hidden_size=hidden_size, dtype=dtype, device=mesh.device, scatter_gather=scatter_gather)
+        self.mesh, self.dtype, self.boundary = mesh, boundary.dtype, boundary
         self.recorder: Recorder | None = None
 
     def run(self, schedule: LoweredSchedule, inputs: StepInputs) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,8 @@ class _Step:
     def _forward(self, action: Action, received: Tensor | None) -> None:
         stage, m = action.virtual_stage, action.microbatch
         part, batch = self.parts[stage], self.inputs.batches[m]
-        x = batch.tokens if received is None else received.requires_grad_(self.trains)
+        entrance = Entrance()
+        x = batch.tokens if received is None else entrance.enter(received) if self.trains else received
         micro_batch = self._micro_batch(part, m)
         y = part.model(x, micro_batch)
         if stage == self.schedule.num_stages - 1:
@@ -129,7 +131,7 @@ class _Step:
         else:
             self._hand_over(action, y.detach())
         if self.trains:
-            self.live[stage, m] = _Live(x, get_gradient_edge(y), y.dtype, micro_batch.deferred)
+            self.live[stage, m] = _Live(entrance, get_gradient_edge(y), y.dtype, micro_batch.deferred)
 
     def _micro_batch(self, part: Part, m: int) -> MicroBatch:
         batch = self.inputs.batches[m]
@@ -161,7 +163,7 @@ class _Step:
         if live.deferred is None:
             reducer.end_micro_batch()
         if stage > 0:
-            self._hand_over(action, live.x.grad)
+            self._hand_over(action, live.entrance.gradient)
 
     def _weights(self, action: Action, received: None) -> None:
         stage, m = action.virtual_stage, action.microbatch

@@ -59,7 +59,7 @@ def units_of(model: Transformer, *, split_layers: bool = False) -> list[Unit]:
             parent = Unit(len(found), module, methods, tuple(modules))
             found.append(parent)
             tiles = [tile for part in modules for tile in part.modules() if isinstance(tile, Tile)]
-            found += [Unit(parent.index + 1 + i, tile, ("forward", "gelu"), (tile,), parent.index) for i, tile in enumerate(tiles)]
+            found += [Unit(number, tile, Tile.RUNS, (tile,), parent.index) for number, tile in enumerate(tiles, len(found))]
     return found
 
 

@@ -11,8 +11,8 @@ from megactl.schedules.actions import Kind, Schedule, build
 def forward_only(stage_to_rank: Sequence[int], num_microbatches: int) -> Schedule:
     """Every micro-batch once through every stage, each rank always at work on the furthest stage that is ready.
 
-    Whatever goes furthest first leaves the pipeline soonest, and on interleaved and folded placements the ranks are then never idle
-    between the first and the last micro-batch. Orders are found by running all ranks in slots of equal length.
+    Whatever goes furthest first leaves the pipeline soonest. In slots of one forward, an evaluation takes v m + (p - 1) where stages are
+    interleaved, and 2 m + 2 (p - 1) on a V: it is filled and emptied once. Orders are found by running all ranks in such slots.
     """
     num_ranks, last = max(stage_to_rank) + 1, len(stage_to_rank) - 1
     ready: list[list[tuple[int, int]]] = [[] for _ in range(num_ranks)]

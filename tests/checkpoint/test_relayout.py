@@ -16,7 +16,7 @@ from megactl.config.schema import Model, Parallel, Run, Training  # noqa: E402
 from megactl.engine.checkpoint import Piece, SingleProcess, load, load_full, save  # noqa: E402
 from megactl.engine.mesh import Axis, Mesh  # noqa: E402
 from megactl.engine.models import MODELS  # noqa: E402
-from megactl.engine.parallelize import build_part  # noqa: E402
+from megactl.engine.parallelize import build_parts  # noqa: E402
 from megactl.engine.state import pieces_to_load, pieces_to_save  # noqa: E402
 from megactl.storage.pieces import Region, clip  # noqa: E402
 
@@ -129,17 +129,18 @@ def test_tensor_parallel_and_zero_layouts(tmp_path, kit, saved, loaded):
 
 
 def parts_of(model, layout, seed):
-    """Every rank's part of a model, in (tp, pp, dp, zero); what is built needs no other rank."""
-    tp, pp, dp, zero = layout
+    """Every part of each rank of a model, in (tp, pp, dp, zero, settings of the pipeline); what is built needs no other rank."""
+    tp, pp, dp, zero, *pipeline = layout
+    degrees = {"tensor_parallel": tp, "pipeline_parallel": pp, "data_parallel": dp, "zero": zero, "bucket_size": 2000}
     run = Run(
-        model=model, parallel=Parallel(tensor_parallel=tp, pipeline_parallel=pp, data_parallel=dp, zero=zero, bucket_size=2000),
-        training=Training(seq_length=16, seed=seed),
+        model=model, parallel=Parallel(**degrees, **dict(*pipeline)), training=Training(seq_length=16, seed=seed),
     )  # fmt: skip
     for p, d, t in product(range(pp), range(dp), range(tp)):
         axes = {"tp": Axis(tp, t), "dp": Axis(dp, d), "pp": Axis(pp, p), "replicas": Axis(dp, d)}
         place = dict(rank=t + tp * (d + dp * p), world_size=tp * pp * dp, **axes)
         mesh = Mesh(torch.device("cpu"), **place)
-        yield build_part(run, mesh, p, pp), mesh
+        for part in build_parts(run, mesh):
+            yield part, mesh
 
 
 def states_of(part):
@@ -157,8 +158,18 @@ MODELS_TO_MOVE = {
 }  # fmt: skip
 
 
+V, INTERLEAVED, UNEVEN = {"schedule": "zb-v"}, {"virtual_pipeline": 2}, {"pipeline_split": "3,1"}
+LAYOUT_PAIRS = [
+    ((2, 1, 2, 1), (1, 4, 1, 0)),
+    ((1, 2, 1, 0), (4, 1, 2, 1)),
+    ((1, 2, 2, 1, INTERLEAVED), (2, 1, 1, 0)),
+    ((2, 2, 1, 0, V), (1, 2, 2, 1, INTERLEAVED)),
+    ((1, 2, 1, 0, UNEVEN), (1, 2, 2, 1, V)),
+]
+
+
 @pytest.mark.parametrize("name", MODELS_TO_MOVE)
-@pytest.mark.parametrize(("saved", "loaded"), [((2, 1, 2, 1), (1, 4, 1, 0)), ((1, 2, 1, 0), (4, 1, 2, 1))])
+@pytest.mark.parametrize(("saved", "loaded"), LAYOUT_PAIRS)
 def test_models_move_between_layouts(tmp_path, kit, name, saved, loaded):
     """Weights and moments saved in one layout are, loaded in another, what that layout would have drawn itself."""
     pieces, model = [], MODELS_TO_MOVE[name]

@@ -28,6 +28,12 @@ BYTE = {"spec": "byte", **load_tokenizer("byte").describe()}
 CPU = torch.device("cpu")
 
 
+LLAMA = dataclasses.replace(
+    CONFIG, kv_heads=2, position_embedding="rope", normalization="rmsnorm", activation="swiglu", bias=False, untie_embeddings=True,
+    rope_scaling_factor=8.0, rope_original_positions=64,
+)  # fmt: skip
+
+
 def random_model(config=CONFIG, seed=0, scale=0.3):
     generator = torch.Generator().manual_seed(seed)
     model = GPT(config)
@@ -100,6 +106,20 @@ def plain_logits(model, tokens):
         return model(torch.tensor([tokens]), batch)[0, -1]
 
 
+def test_a_llama_of_any_layout_is_sampled_from_as_it_was_trained(tmp_path):
+    model = random_model(LLAMA)
+    for name, layout in (("whole", whole), ("ranges", ranges)):
+        loaded, _, _ = sampling.load_model(write(tmp_path / name, model, layout=layout), CPU)
+        assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), model.parameters(), strict=True))
+    # The text outgrows the positions: the newer half is read again, from position 0 on.
+    (made,) = sampling.sample(loaded, [5, 9], Options(max_tokens=30, vocabulary=257, temperature=0.0))
+    text = [5, 9]
+    for token in made.tokens[:22]:
+        assert token == int(plain_logits(model, text).argmax())
+        text.append(token)
+    assert len(made.tokens) == 30 and len(set(made.tokens)) > 3
+
+
 @pytest.mark.parametrize("attention", ["auto", "unfused"])
 @pytest.mark.parametrize("untied", [False, True])
 def test_greedy_sampling_is_the_argmax_of_a_forward_pass(attention, untied):
@@ -113,8 +133,9 @@ def test_greedy_sampling_is_the_argmax_of_a_forward_pass(attention, untied):
     assert len(made.tokens) == 21 and made.finish == "length" and len(set(made.tokens)) > 3, "a model that says more than one thing"
 
 
-def test_cached_logits_equal_a_forward_pass_at_every_position():
-    model, tokens = random_model().double(), [7, 1, 256, 40, 40, 2, 90, 13]
+@pytest.mark.parametrize("config", [CONFIG, LLAMA, dataclasses.replace(CONFIG, kv_heads=1)], ids=["gpt", "llama", "grouped"])
+def test_cached_logits_equal_a_forward_pass_at_every_position(config):
+    model, tokens = random_model(config).double(), [7, 1, 256, 40, 40, 2, 90, 13]
     with torch.no_grad(), sampling.decoding(model, 1, 8) as decoder:
         found = [decoder.advance(torch.tensor([tokens[:3]]))]
         found += [decoder.advance(torch.tensor([[token]])) for token in tokens[3:]]

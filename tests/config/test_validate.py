@@ -111,6 +111,13 @@ RULES = [
     (["training.iterations=0"], 1, "--iterations 0: must be at least 1"),
     (["training.seed=-1"], 1, "--seed -1: must be at least 0"),
     (["training.seed=4294967296"], 1, "--seed 4294967296: must be at most 4294967295"),
+    (["parallel.sequence_parallel=true"], 1, "--sp with --tp 1 (default): the ranks of tensor parallelism share the tokens"),
+    (
+        ["parallel.sequence_parallel=true", "parallel.tensor_parallel=4", "training.seq_length=31", "training.micro_batch_size=2"],
+        4,
+        "--micro-batch-size 2 with --seq-length 31: with --sp the tokens of a micro-batch must be a multiple of --tp 4; "
+        "use --seq-length 30 or 32, or leave --sp out",
+    ),
     (["parallel.zero=4"], 1, "--zero 4: ZeRO has the stages 0 to 3; use --zero 1, 2 or 3"),
     (["memory.offload=disk"], 1, "--offload disk: 'disk' is not one of optimizer, parameters, activations; such as --offload"),
     (["parallel.tensor_parallel=0"], 1, "--tp 0: must be at least 1; use 1 for none"),
@@ -181,6 +188,7 @@ RULES = [
         2,
         "--vpp 2 with --schedule zb-h1: this order is made for one stage a rank",
     ),
+    (["parallel.schedule=zb-v"], 1, "--schedule zb-v with --pp 1 (default): no rank waits for another"),
     (["parallel.pipeline_split=4"], 1, "--pp-split 4 with --pp 1 (default): one pipeline rank holds all layers"),
     (
         ["parallel.pipeline_parallel=2", "parallel.pipeline_split=1,2,1"],

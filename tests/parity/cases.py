@@ -36,11 +36,13 @@ class Case:
     """One run. `bucket` is in parameters: 2000 makes several buckets a rank; `clip` 0 turns clipping off.
 
     `ramp`: the batch grows from one micro-batch a replica to one more than `micro_batches`. `overflow`: the second step's
-    gradients are not finite. `documents` are GPT's; `sentence` (the sentence head) and `padding` are BERT's. `scale`: the dynamic
-    loss scale at the start, which doubles after `window` good steps and falls at the first overflow after that; None for no scaling.
+    gradients are not finite. `documents` are GPT's ("positions" start again while documents see each other); `sentence` (the
+    sentence head) and `padding` are BERT's. `scale`: the dynamic loss scale at the start, which doubles after `window` good steps and
+    falls at the first overflow after that; None for no scaling.
     `steps`: how many, with the rates in turn. `threshold`, `prefetch`, `split_layers`, `tile`: of ZeRO 3. `vpp`: stages a rank, of one
-    layer or more; `scatter`: scatter-gather. `layers`: None for as many as show everything in the layout. `positions` to `bias`: what
-    Llama-shaped models have otherwise.
+    layer or more; `split`: the layers of each stage, or what counts as one; `scatter`: scatter-gather. `layers`: None for as many as
+    show everything in the layout. `positions` to `bias`: what Llama-shaped models have otherwise. `micro_batch`: sequences in one.
+    `sp`: sequence parallelism.
     """
 
     tp: int = 1
@@ -74,6 +76,7 @@ class Case:
     tile: int = 1
     vpp: int = 1
     scatter: bool = True
+    split: str | None = None
     recompute: str = "none"
     recompute_method: str = "uniform"
     recompute_layers: int = 1
@@ -87,6 +90,8 @@ class Case:
     bias: bool = True
     cp: int = 1
     cp_method: str = "ring"
+    micro_batch: int = MICRO_BATCH
+    sp: bool = False
 
     @property
     def world_size(self) -> int:
@@ -103,7 +108,7 @@ class Case:
         """The steps to do."""
         counts = (1, self.micro_batches, self.micro_batches + 1) if self.ramp else (self.micro_batches,) * self.steps
         rates = tuple(itertools.islice(itertools.cycle(RATES), self.steps))
-        return Plan(rates, tuple(MICRO_BATCH * self.dp * count for count in counts), frozenset({2} if self.overflow else ()))
+        return Plan(rates, tuple(self.micro_batch * self.dp * count for count in counts), frozenset({2} if self.overflow else ()))
 
     def run(self) -> Run:
         """The resolved configuration."""
@@ -113,11 +118,11 @@ class Case:
                 tensor_parallel=self.tp, pipeline_parallel=self.pp, data_parallel=self.dp, schedule=self.schedule, zero=self.zero,
                 bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self._threshold(),
                 zero_prefetch=self.prefetch, split_layers=self.split_layers, tile=self.tile, virtual_pipeline=self.vpp,
-                scatter_gather=self.scatter,
-                context_parallel=self.cp, context_method=self.cp_method,
+                scatter_gather=self.scatter, pipeline_split=self.split,
+                context_parallel=self.cp, context_method=self.cp_method, sequence_parallel=self.sp,
             ),
             training=Training(
-                micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
+                micro_batch_size=self.micro_batch, global_batch_size=self.micro_batch * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
                 precision=self.precision, device="cpu", seed=self.seed, **self._loss_scale(),
             ),
             memory=Memory(
@@ -127,7 +132,7 @@ class Case:
             # In fp32 a large epsilon: where a gradient is zero but for rounding (the key's bias), a small one divides noise by noise.
             optimizer=Optimizer(clip_grad=self.clip, weight_decay=0.1, epsilon=1e-8 if self.precision == "fp64" else 1e-4),
             data=Data(mock_data=True) if self.model == "bert" else Data(
-                mock_data=True, eod_mask_loss=self.documents != "plain", reset_position_ids=self.documents == "reset",
+                mock_data=True, eod_mask_loss=self.documents != "plain", reset_position_ids=self.documents in ("reset", "positions"),
                 reset_attention_mask=self.documents == "reset",
             ),
         )  # fmt: skip

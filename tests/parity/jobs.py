@@ -24,6 +24,7 @@ from parity.corpus import EOD, Corpus, PairCorpus
 from parity.mutations import MUTATIONS
 from parity.mutations_zero import HARMLESS
 from parity.pool import Worker
+from parity.recompute_mutations import RECOMPUTE_MUTATIONS
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def train(
     worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan, mutation: str | None = None, ops: str | None = None
 ) -> RankResult:
     """The engine's counterpart of `reference.train_reference`. `mutation` names a fault to build in, `ops` sets MEGACTL_OPS."""
-    fault = (MUTATIONS | HARMLESS)[mutation].fault() if mutation else nullcontext()
+    fault = (MUTATIONS | HARMLESS | RECOMPUTE_MUTATIONS)[mutation].fault() if mutation else nullcontext()
     with fault, mock.patch.dict(os.environ, {} if ops is None else {"MEGACTL_OPS": ops}):
         return _train(worker, run, corpus, plan)
 
@@ -124,7 +125,7 @@ def _facts(engine: TrainingStep) -> dict[str, object]:
         "module_grads": sum(p.grad is not None for p in engine.parts[0].model.parameters()),
         "state": sum(state.exp_avg.numel() for state in states),
         "masters": sum(state.master.numel() for state in states if state.master.data_ptr() != state.param.data_ptr()),
-        "buckets": len(flat.buckets),
+        "buckets": sum(len(part.flat.buckets) for part in engine.parts),
         "copies_differ": _copies_differ(engine),
         "padding_weight": _padding(engine, "param"),
         "padding_gradient": _padding(engine, "grad"),

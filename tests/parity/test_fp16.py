@@ -22,6 +22,7 @@ LAYOUTS = [
     Case(dp=2, zero=0, documents="eod"),
     Case(dp=2, zero=1, tied=False, documents="eod"),
     Case(tp=2, pp=2, dp=2, zero=0),
+    Case(pp=2, micro_batches=3, schedule="zb-v", documents="reset"),
     Case(tp=2, pp=2, dp=2, zero=1, dropout=0.1, documents="eod"),
 ]
 

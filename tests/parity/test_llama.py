@@ -22,6 +22,7 @@ CASES = [
     llama(tp=4, tied=True, dropout=0.1),
     llama(pp=2, micro_batches=3, tied=True, documents="reset"),
     llama(dp=2, zero=1, bucket=1, documents="eod"),
+    llama(tp=2, documents="positions"),
     llama(tp=2, pp=2, dropout=0.1, schedule="gpipe"),
     llama(tp=2, dp=2, zero=1, tied=True, ramp=True),
     llama(pp=2, dp=2, zero=1, overflow=True, kv_heads=1, bias=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from itertools import pairwise
 from unittest import mock
@@ -10,6 +11,7 @@ import pytest
 
 from megactl.engine import pipeline, training_step
 from megactl.engine.collectives import exchange
+from megactl.engine.data_parallel import GradientReducer
 from megactl.engine.trace import Recorder, Span
 from megactl.schedules import Kind, Schedule, build, generate, simulate
 from megactl.schedules.simulation import needs_of, results_of
@@ -44,6 +46,41 @@ def trace(worker: Worker, case: Case, corpus) -> list[Span]:
     engine.executor.recorder = Recorder(mesh.pp.rank, mesh.device)
     engine.step(1, partial(batches, 0), global_batch_size=run.training.global_batch_size, learning_rate=0.01)
     return engine.executor.recorder.spans()
+
+
+def launches(worker: Worker, case: Case, corpus) -> list[list[int]]:
+    """For each stage of this rank, how much work was left on the queue when each bucket left in the only step; -1 without a queue."""
+    run = case.run()
+    mesh = worker.mesh(run.parallel)
+    engine, batches = training_step.TrainingStep(run, mesh), source(run, corpus, mesh)
+    found = {id(part.reducer): [] for part in engine.parts}
+    launch = GradientReducer._launch
+
+    def noting(self, bucket):
+        found[id(self)].append(-1 if self._deferred is None else len(self._deferred))
+        return launch(self, bucket)
+
+    with mock.patch.object(GradientReducer, "_launch", noting):
+        engine.step(1, partial(batches, 0), global_batch_size=run.training.global_batch_size, learning_rate=0.01)
+    return list(found.values())
+
+
+def kept_outputs(worker: Worker, case: Case, corpus) -> list[int]:
+    """At each backward of a step on this rank: how many outputs of its stages are still there."""
+    run = case.run()
+    mesh = worker.mesh(run.parallel)
+    engine, batches = training_step.TrainingStep(run, mesh), source(run, corpus, mesh)
+    outputs, found, backward = [], [], pipeline._Step._backward
+    for part in engine.parts:
+        part.model.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+
+    def noting(self, *arguments):
+        found.append(sum(output() is not None for output in outputs))
+        return backward(self, *arguments)
+
+    with mock.patch.object(pipeline._Step, "_backward", noting):
+        engine.step(1, partial(batches, 0), global_batch_size=run.training.global_batch_size, learning_rate=0.01)
+    return found
 
 
 def show(case: Case) -> str:
@@ -105,6 +142,59 @@ STAGES = [
     Case(pp=2, tp=2, schedule="zb-v", micro_batches=3, model="bert", norm="post", dropout=0.1),
     Case(pp=4, schedule="zb-v", micro_batches=5, tied=False, documents="eod"),
 ]
+
+
+SPLITS = [
+    Case(pp=2, split="3,1", micro_batches=3, dropout=0.1),
+    Case(pp=2, split="embedding,head", dp=2, zero=1, bucket=1, micro_batches=2, model="bert", norm="post"),
+    # A first and a last stage without layers: the embedding, the head.
+    Case(pp=4, split="0,2,2,0", micro_batches=4, documents="reset", dropout=0.1),
+    Case(pp=2, vpp=2, split="0,3,1,0", dp=2, zero=1, bucket=1, micro_batches=4, norm="post", tied=False),
+    Case(pp=2, schedule="zb-v", split="1,2,1,0", tp=2, micro_batches=3, model="bert", dropout=0.1),
+]
+STEPS = [
+    Case(pp=2, vpp=2, micro_batches=4, ramp=True, documents="eod", dropout=0.1),
+    Case(pp=2, schedule="zb-h1", micro_batches=3, ramp=True, overflow=True),
+    Case(pp=2, dp=2, zero=1, schedule="zb-v", micro_batches=2, ramp=True, overflow=True, scale=2.0**40),
+]
+WITH_OTHERS = [
+    # Recomputation fills the queue in its inner backward.
+    Case(pp=2, schedule="zb-h1", micro_batches=3, recompute="full", dropout=0.1),
+    Case(pp=2, schedule="zb-v", micro_batches=3, recompute="selective", attention="unfused", dropout=0.1, model="bert", norm="post"),
+    Case(pp=2, vpp=2, tp=2, micro_batches=2, recompute="full", partition=True, dropout=0.1),
+    # A bucket of ZeRO 2 and 3 is complete when its works are off the queue, in each micro-batch.
+    Case(pp=2, dp=2, schedule="zb-h1", zero=2, micro_batches=3, bucket=1),
+    Case(pp=2, dp=2, schedule="zb-v", zero=3, micro_batches=3, recompute="full", dropout=0.1),
+    Case(pp=2, dp=2, vpp=2, zero=3, micro_batches=4, tile=2, tied=False),
+    Case(pp=2, dp=2, schedule="zb-h2", zero=3, micro_batches=4, overlap=False, precision="fp64", model="bert"),
+]
+NIGHTLY = [
+    Case(tp=2, pp=4, vpp=2, micro_batches=6, dropout=0.1),
+    Case(tp=2, pp=4, schedule="zb-h1", micro_batches=5, documents="reset"),
+    Case(tp=2, pp=4, schedule="zb-h2", micro_batches=9, model="bert", dropout=0.1),
+    Case(tp=2, pp=4, schedule="zb-v", micro_batches=8, model="bert", norm="post"),
+    Case(tp=2, pp=2, dp=2, vpp=2, zero=1, bucket=1, micro_batches=3, dropout=0.1),
+    Case(tp=2, pp=2, dp=2, schedule="zb-v", zero=1, bucket=1, micro_batches=3, dropout=0.1, ramp=True),
+    Case(pp=4, dp=2, vpp=3, zero=0, micro_batches=5, tied=False),
+    Case(pp=8, schedule="zb-v", micro_batches=16),
+    Case(pp=8, vpp=2, micro_batches=8, scatter=False),
+]
+
+
+@pytest.mark.parametrize("case", [*SPLITS, *STEPS], ids=show)
+def test_other_splits_and_steps_that_change_equal_one_process(parity: Parity, case: Case):
+    assert not parity.deviations(case, TOLERANCE)
+
+
+@pytest.mark.parametrize("case", WITH_OTHERS, ids=show)
+def test_schedules_with_other_techniques_equal_one_process(parity: Parity, case: Case):
+    assert not parity.deviations(case, TOLERANCE)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", NIGHTLY, ids=show)
+def test_eight_ranks_equal_one_process(parity: Parity, case: Case):
+    assert not parity.deviations(case, TOLERANCE)
 
 
 @pytest.mark.parametrize("case", STAGES, ids=show)
@@ -178,3 +268,22 @@ def test_the_bubble_of_what_was_executed_is_the_published_one(parity: Parity, po
         assert all(before[3] <= after[2] for before, after in pairwise(row))
         for _, action, start, _ in row:
             assert all(ended[need] <= start for need in needs_of(action, len(stages)))
+
+
+def test_buckets_leave_while_weight_gradients_are_computed(parity: Parity, pools: Pools):
+    case = Case(pp=2, dp=2, zero=1, bucket=1, schedule="zb-h1", micro_batches=4)
+    *first_stage, (one,), (other,) = pools.run(4, launches, case, parity.corpus(case))
+    # Nobody waits for the first stage's input gradient, so its backward is whole. The last one sends a bucket off for each of its units:
+    # head, norm, two layers, and the tied copy, which comes with the head.
+    assert all(left == -1 for rank in first_stage for stage in rank for left in stage)
+    assert one == other == sorted(one, reverse=True) and one[0] > 20 and one[-1] == 0 and len(set(one)) >= 4, one
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "zb-v"])
+def test_outputs_that_were_sent_are_not_kept(parity: Parity, pools: Pools, schedule: str):
+    case = Case(pp=2, schedule=schedule, micro_batches=4)
+    found = pools.run(2, kept_outputs, case, parity.corpus(case))
+    assert all(len(rank) == (8 if schedule == "zb-v" else 4) for rank in found)
+    # A last stage hands its logits over to the loss, which keeps them until its own backward.
+    last = 0 if schedule == "zb-v" else 1
+    assert not any(found[1 - last])

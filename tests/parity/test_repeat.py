@@ -16,6 +16,7 @@ REPEATED = [
     Case(dp=4, zero=0, precision="bf16"),
     Case(tp=2, pp=2, dp=2, zero=1, precision="bf16", dropout=0.1, micro_batches=3),
     Case(pp=2, dp=2, zero=1, dropout=0.1, micro_batches=3, model="bert"),
+    Case(pp=2, dp=2, zero=1, dropout=0.1, micro_batches=3, schedule="zb-v"),
 ]
 
 
@@ -32,7 +33,7 @@ def test_twice_is_the_same_bit_for_bit(parity: Parity, case: Case):
 def test_overlap_does_not_change_a_bit(parity: Parity, case: Case):
     one, two = (parity.engine(with_settings(case, overlap=overlap, bucket=1)) for overlap in (True, False))
     assert differing_bits(one, two) == []
-    assert all(result.facts["buckets"] > 2 for result in one)
+    assert all(result.facts["buckets"] > 1 for result in one)
 
 
 def test_another_seed_gives_other_bits(parity: Parity):

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from megactl.config.schema import Model
 from megactl.report.logs.architecture import architecture_of
 from megactl.report.logs.filename import experiment, facts
 from megactl.report.logs.layout import layout_of
@@ -157,15 +158,35 @@ def test_a_shape_makes_a_model():
     ("arguments", "part"),
     [
         ({name: value for name, value in SHAPE.items() if name != "num_layers"}, "num_layers"),
-        ({**SHAPE, "swiglu": "True"}, "gated"),
+        ({**SHAPE, "group_query_attention": "True"}, "query groups"),
+        ({**SHAPE, "multi_latent_attention": "True"}, "latent"),
         ({**SHAPE, "num_experts": "8"}, "experts"),
-        ({**SHAPE, "group_query_attention": "True"}, "grouped"),
         ({**SHAPE, "kv_channels": "128"}, "heads"),
     ],
 )
 def test_another_kind_of_model_has_no_exact_figures_and_says_why(arguments, part):
     found = architecture_of(arguments, 128)
     assert found.model is None and part in found.problem
+
+
+def test_llama_shapes_are_known_in_megatrons_words_and_ours():
+    megatron = {
+        "swiglu": "True", "group_query_attention": "True", "num_query_groups": "2", "normalization": "RMSNorm", "add_bias_linear": "False",
+        "position_embedding_type": "rope", "ffn_hidden_size": "96",
+    }  # fmt: skip
+    ours = {
+        "activation": "swiglu", "kv_heads": "2", "normalization": "rmsnorm", "bias": "false", "position_embedding": "rope", "ffn_size": "96",
+    }  # fmt: skip
+    expected = Model(
+        num_layers=4, hidden_size=64, num_heads=4, vocab_size=1000, kv_heads=2, ffn_size=96, activation="swiglu", normalization="rmsnorm",
+        bias=False, position_embedding="rope",
+    )  # fmt: skip
+    assert architecture_of(SHAPE | megatron, 128).model == architecture_of(SHAPE | ours, 128).model == expected
+
+
+def test_a_default_that_is_switched_off_groups_nothing():
+    arguments = {**SHAPE, "group_query_attention": "False", "num_query_groups": "1", "swiglu": "False", "normalization": "LayerNorm"}
+    assert architecture_of(arguments, 128).model == architecture_of(SHAPE, 128).model
 
 
 def test_the_vocabulary_of_a_published_tokenizer_is_known():

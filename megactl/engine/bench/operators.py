@@ -89,6 +89,45 @@ def _bias_gelu(size: Size, dtype: torch.dtype, device: torch.device) -> list[Wor
     return found
 
 
+def _swiglu(size: Size, dtype: torch.dtype, device: torch.device) -> list[Work]:
+    x = random_tensor((size.tokens, 2 * size.ffn), dtype, device)
+    n = _bytes(x) // 2
+
+    def eager(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    return differentiable(
+        ops.swiglu, {"F.silu, multiply": eager}, (x,), forward=(3 * n, "gate, up -> y"), backward=(5 * n, "dy, gate, up -> dgate, dup")
+    )
+
+
+def _rotary_qkv(size: Size, dtype: torch.dtype, device: torch.device) -> list[Work]:
+    groups, width = size.groups, size.hidden // size.heads
+    heads = size.heads // groups
+    qkv = random_tensor((size.batch, size.seq, groups, heads + 2, width), dtype, device)
+    angles = torch.arange(size.seq, device=device, dtype=torch.float32)[:, None] / 10000.0 ** torch.linspace(
+        0, 1, width // 2, device=device
+    )
+    cos, sin = (part.expand(size.batch, -1, -1).contiguous() for part in (angles.cos(), angles.sin()))
+    # As it is written where it stands alone: halves exchanged, cosines and sines twice as wide and in the type of the model.
+    whole_cos, whole_sin = (torch.cat([part, part], -1).to(dtype)[:, :, None] for part in (cos, sin))
+
+    def turned(x: Tensor) -> Tensor:
+        low, high = x.chunk(2, dim=-1)
+        return x * whole_cos + torch.cat([-high, low], -1) * whole_sin
+
+    def eager(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = x.split((heads, 1, 1), dim=3)
+        return turned(q.flatten(2, 3)), turned(k.squeeze(3)), v.squeeze(3)
+
+    n = 2 * _bytes(qkv) + _bytes(cos, sin)
+    return differentiable(
+        lambda x: ops.rotary_qkv(x, cos, sin), {"split, rotate_half": eager}, (qkv,),
+        forward=(n, "qkv, angles -> q, k, v"), backward=(n, "dq, dk, dv, angles -> dqkv"),
+    )  # fmt: skip
+
+
 def _masked_softmax(size: Size, dtype: torch.dtype, device: torch.device) -> list[Work]:
     b, n, s = size.batch, size.heads, size.seq
     scores = random_tensor((b, n, s, s), dtype, device)
@@ -162,6 +201,8 @@ OPERATORS: dict[str, Operator] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "bias_gelu": _bias_gelu,
+    "swiglu": _swiglu,
+    "rotary_qkv": _rotary_qkv,
     "masked_softmax": _masked_softmax,
     "cross_entropy": _cross_entropy,
     "dropout_add": _dropout_add,

@@ -16,7 +16,10 @@ _GPT2_VOCAB = 50257
 
 @dataclass(frozen=True)
 class Size:
-    """One micro-batch: `batch` sequences of `seq` tokens. `ffn` is the MLP's width, `vocab` the padded vocabulary, `layers` the model's."""
+    """One micro-batch: `batch` sequences of `seq` tokens. `ffn` is the MLP's width, `vocab` the padded vocabulary, `layers` the model's.
+
+    kv_heads: None for as many as heads. plain: weights without biases, a second matrix in the MLP, one weight a norm, as Llama has.
+    """
 
     name: str
     batch: int
@@ -26,6 +29,8 @@ class Size:
     ffn: int
     vocab: int
     layers: int
+    kv_heads: int | None = None
+    plain: bool = False
 
     @property
     def tokens(self) -> int:
@@ -33,9 +38,16 @@ class Size:
         return self.batch * self.seq
 
     @property
+    def groups(self) -> int:
+        """Heads of keys and values."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
     def layer_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of one transformer layer's weights and biases, for the optimizer's operators."""
         h, f = self.hidden, self.ffn
+        if self.plain:
+            return [(h + 2 * h * self.groups // self.heads, h), (h, h), (2, f, h), (h, f), (h,), (h,)]
         return [(3 * h, h), (3 * h,), (h, h), (h,), (f, h), (f,), (h, f), (h,), (h,), (h,), (h,), (h,)]
 
 
@@ -59,5 +71,5 @@ def size_named(name: str, device: str, batch: int | None = None) -> Size:
     return Size(
         name, batch=batch or max(1, _TOKENS[device] // seq), seq=seq, hidden=hidden, heads=values["model.num_heads"],
         ffn=values.get("model.ffn_size") or 4 * hidden, vocab=padded_vocab(values.get("model.vocab_size") or _GPT2_VOCAB, 1),
-        layers=values["model.num_layers"],
+        layers=values["model.num_layers"], kv_heads=values.get("model.kv_heads"), plain=values.get("model.activation") == "swiglu",
     )  # fmt: skip

@@ -17,8 +17,14 @@ _SHAPE = {
     "num_heads": ("num_attention_heads", "num_heads", "n_head"),
 }
 
-# Parts whose FLOPs are not those of a plain GPT or BERT.
-_OTHER_KINDS = {"swiglu": "a gated MLP", "group_query_attention": "grouped queries", "multi_latent_attention": "latent attention"}
+_WORDS = {
+    "activation": ("activation", "hidden_act"),
+    "normalization": ("normalization",),
+    "position_embedding": ("position_embedding_type", "position_embedding"),
+}
+
+# Parts whose FLOPs are not those of any model that is known here.
+_OTHER_KINDS = {"multi_latent_attention": "latent attention"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,12 @@ def architecture_of(arguments: Mapping[str, str], seq_length: int | None) -> Arc
     other = [label for name, label in _OTHER_KINDS.items() if switch(arguments, name)]
     other += ["experts"] if (whole(arguments, "num_experts") or 0) > 1 else []
     other += ["another shape of heads"] if _odd_heads(arguments, shape["hidden_size"], shape["num_heads"]) else []
+    grouped = switch(arguments, "group_query_attention")
+    # Megatron-LM prints its default of 1 where the switch is off.
+    kv_heads = None if grouped is False else whole(arguments, "num_query_groups", "num_key_value_heads", "kv_heads")
+    other += ["an unknown number of query groups"] if grouped and not kv_heads else []
     if other:
-        return Architecture(None, f"exact FLOPs are counted for plain GPT and BERT alone, and this model has {', '.join(other)}")
+        return Architecture(None, f"exact FLOPs are counted for GPT, BERT and Llama's shapes alone, and this model has {', '.join(other)}")
     model = Model(
         architecture="bert" if _is_bert(arguments) else "gpt",
         **shape,
@@ -50,8 +60,22 @@ def architecture_of(arguments: Mapping[str, str], seq_length: int | None) -> Arc
         vocab_size=vocab,
         max_positions=whole(arguments, "max_position_embeddings", "n_positions", "max_positions"),
         untie_embeddings=bool(switch(arguments, "untie_embeddings_and_output_weights", "untie_embeddings")),
+        kv_heads=kv_heads if kv_heads != shape["num_heads"] else None,
+        **_variants(arguments),
     )
     return Architecture(model)
+
+
+def _variants(arguments: Mapping[str, str]) -> dict[str, str | bool]:
+    """What Llama's shapes have otherwise, in megactl's words."""
+    stated = {name: (text(arguments, *names) or "").lower() for name, names in _WORDS.items()}
+    gated = switch(arguments, "swiglu") or stated["activation"] in ("swiglu", "silu")
+    return {
+        "activation": "swiglu" if gated else "gelu",
+        "normalization": "rmsnorm" if stated["normalization"] == "rmsnorm" else "layernorm",
+        "position_embedding": "rope" if stated["position_embedding"] == "rope" else "learned",
+        "bias": switch(arguments, "add_bias_linear", "bias") is not False,
+    }
 
 
 def _is_bert(arguments: Mapping[str, str]) -> bool:

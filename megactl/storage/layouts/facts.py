@@ -17,16 +17,22 @@ _MEGATRON = {
     "max_position_embeddings": "model.max_positions",
     "seq_length": "training.seq_length",
 }
-# What our formulas do not have: argument -> (value that is fine, what it is).
-_BEYOND = {
-    "swiglu": (False, "SwiGLU"),
-    "normalization": ("LayerNorm", "another norm"),
-    "num_experts": (None, "experts"),
-    "group_query_attention": (False, "grouped queries"),
-    "multi_latent_attention": (False, "latent attention"),
-    "add_bias_linear": (True, "linears without bias"),
-    "position_embedding_type": ("learned_absolute", "other positions than learned ones"),
-    "embed_layernorm": (False, "a norm behind the embedding"),
+# What our formulas do not have: argument -> (values that are fine, what it is).
+_BEYOND: dict[str, tuple[tuple[Any, ...], str]] = {
+    "normalization": (("LayerNorm", "RMSNorm"), "another norm"),
+    "num_experts": ((), "experts"),
+    "multi_latent_attention": ((False,), "latent attention"),
+    "position_embedding_type": (("learned_absolute", "rope"), "other positions than learned or rotary ones"),
+    "add_qkv_bias": ((False,), "biases of qkv alone"),
+    "qk_layernorm": ((False,), "norms of queries and keys"),
+    "embed_layernorm": ((False,), "a norm behind the embedding"),
+}
+# Megatron-LM's argument and its value -> megactl's setting and its value; others are the settings' defaults.
+_VARIANTS = {
+    ("swiglu", True): ("model.activation", "swiglu"),
+    ("normalization", "RMSNorm"): ("model.normalization", "rmsnorm"),
+    ("position_embedding_type", "rope"): ("model.position_embedding", "rope"),
+    ("add_bias_linear", False): ("model.bias", False),
 }
 _DEGREES = {
     "tensor_model_parallel_size": "tp",
@@ -66,7 +72,11 @@ def from_megatron(args: Dictionary[str, Any]) -> tuple[dict[str, Any] | None, st
     settings: dict[str, Any] = {name: whole(args.get(theirs)) for theirs, name in _MEGATRON.items()}
     if any(settings[name] is None for name in ("model.num_layers", "model.hidden_size", "model.vocab_size")):
         return None, None
-    beyond = [what for name, (fine, what) in _BEYOND.items() if name in args and args[name] not in (fine, None)]
+    beyond = [what for name, (fine, what) in _BEYOND.items() if name in args and args[name] not in (*fine, None)]
+    settings.update(target for (name, value), target in _VARIANTS.items() if args.get(name) == value)
+    if args.get("group_query_attention") is True:
+        settings["model.kv_heads"] = whole(args.get("num_query_groups"))
+    beyond += ["another shape of heads"] if _odd_heads(whole(args.get("kv_channels")), settings) else []
     # Every run has the options of all models; the tokenizer is what tells them apart.
     bert = isinstance(args.get("tokenizer_type"), str) and args["tokenizer_type"].startswith("Bert")
     settings["model.architecture"] = "bert" if bert else "gpt"
@@ -76,11 +86,11 @@ def from_megatron(args: Dictionary[str, Any]) -> tuple[dict[str, Any] | None, st
 
 
 def from_huggingface(config: Any) -> tuple[dict[str, Any] | None, str | None]:
-    """The same from Hugging Face's config.json, for GPT-2 and BERT; another model's is not described by our formulas."""
+    """The same from Hugging Face's config.json, for GPT-2, BERT and Llama; another model's is not described by our formulas."""
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         return None, None
     kind = config["model_type"]
-    if kind not in ("gpt2", "bert"):
+    if kind not in ("gpt2", "bert", "llama"):
         return {}, f"model_type {kind[:40]}"
     names = {
         "gpt2": {
@@ -90,6 +100,10 @@ def from_huggingface(config: Any) -> tuple[dict[str, Any] | None, str | None]:
             "num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_heads",
             "intermediate_size": "ffn_size", "max_position_embeddings": "max_positions",
         },
+        "llama": {
+            "num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_heads",
+            "num_key_value_heads": "kv_heads", "intermediate_size": "ffn_size", "max_position_embeddings": "max_positions",
+        },
     }[kind]  # fmt: skip
     found = {f"model.{ours}": whole(config.get(theirs)) for theirs, ours in {**names, "vocab_size": "vocab_size"}.items()}
     if any(found.get(f"model.{name}") is None for name in ("num_layers", "hidden_size", "vocab_size")):
@@ -97,4 +111,23 @@ def from_huggingface(config: Any) -> tuple[dict[str, Any] | None, str | None]:
     found["model.architecture"] = "bert" if kind == "bert" else "gpt"
     if kind == "bert":
         found["model.norm_position"] = "post"
-    return {name: value for name, value in found.items() if value is not None}, None
+    beyond = _take_llama(config, found) if kind == "llama" else None
+    return {name: value for name, value in found.items() if value is not None}, beyond
+
+
+def _take_llama(config: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """Add what is not a number in Llama's config.json; returns what of it our formulas do not have."""
+    biases = [config.get(name) is True for name in ("attention_bias", "mlp_bias")]
+    found |= {
+        "model.position_embedding": "rope", "model.normalization": "rmsnorm", "model.activation": "swiglu", "model.bias": all(biases),
+        "model.untie_embeddings": config.get("tie_word_embeddings") is not True,
+    }  # fmt: skip
+    beyond = ["biases in attention or the MLP alone"] if any(biases) and not all(biases) else []
+    beyond += ["another shape of heads"] if _odd_heads(whole(config.get("head_dim")), found) else []
+    return ", ".join(beyond) or None
+
+
+def _odd_heads(width: int | None, settings: Dictionary[str, Any]) -> bool:
+    """Whether heads of `width` do not add up to the hidden size."""
+    heads = settings.get("model.num_heads")
+    return width is not None and heads is not None and width * heads != settings["model.hidden_size"]

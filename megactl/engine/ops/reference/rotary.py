@@ -15,7 +15,7 @@ def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, T
 def rotary_qkv_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `megactl.engine.ops.rotary.rotary_qkv_backward`: the transpose of a rotation is the one by the opposite angle."""
     b, s, groups, width = grad_k.shape
-    heads = _turned(grad_q, cos, -sin).view(b, s, groups, -1, width)
+    heads = _turned(grad_q, cos, -sin).view(b, s, groups, grad_q.shape[2] // groups, width)
     return torch.cat([heads, _turned(grad_k, cos, -sin).unsqueeze(3), grad_v.unsqueeze(3)], dim=3)
 
 
