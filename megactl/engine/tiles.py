@@ -42,11 +42,6 @@ class Tile(Linear):
         self.weight = _part(whole.weight, dim, count)
         self.bias = _part(whole.bias, dim, count) if by_outputs and whole.bias is not None else None
 
-
-def _part(whole: nn.Parameter, dim: int, count: int) -> nn.Parameter:
-    shape = [size // count if axis == dim else size for axis, size in enumerate(whole.shape)]
-    return nn.Parameter(torch.empty(shape, device=whole.device))
-
     def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False, gather: functional.TokenShards | None = None) -> Tensor:
         """See `Linear.forward`; `gather` as in `functional.linear`."""
         return functional.linear(x, self.weight, self.bias, unread=unread, gather=gather, **micro_batch.weight_options())
@@ -61,6 +56,11 @@ def _part(whole: nn.Parameter, dim: int, count: int) -> nn.Parameter:
     def swiglu(self, x: Tensor, micro_batch: MicroBatch, *, gather: functional.TokenShards | None = None) -> Tensor:
         """See `Linear.swiglu`."""
         return functional_llama.linear_swiglu(x, self.weight, self.bias, gather=gather, **micro_batch.weight_options())
+
+
+def _part(whole: nn.Parameter, dim: int, count: int) -> nn.Parameter:
+    shape = [size // count if axis == dim else size for axis, size in enumerate(whole.shape)]
+    return nn.Parameter(torch.empty(shape, device=whole.device))
 
 
 class TiledColumn(nn.Module):

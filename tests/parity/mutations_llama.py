@@ -7,9 +7,7 @@ from dataclasses import replace
 
 from torch import arange
 
-from megactl.engine import (
-    flat,
-)
+from megactl.engine import flat
 from megactl.engine.models import layers, rotary
 from parity.faults import Mutation, patched
 

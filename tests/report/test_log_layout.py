@@ -175,7 +175,8 @@ def test_llama_shapes_are_known_in_megatrons_words_and_ours():
         "position_embedding_type": "rope", "ffn_hidden_size": "96",
     }  # fmt: skip
     ours = {
-        "activation": "swiglu", "kv_heads": "2", "normalization": "rmsnorm", "bias": "false", "position_embedding": "rope", "ffn_size": "96",
+        "activation": "swiglu", "kv_heads": "2", "normalization": "rmsnorm", "bias": "false", "position_embedding": "rope",
+        "ffn_size": "96",
     }  # fmt: skip
     expected = Model(
         num_layers=4, hidden_size=64, num_heads=4, vocab_size=1000, kv_heads=2, ffn_size=96, activation="swiglu", normalization="rmsnorm",
