@@ -45,7 +45,11 @@ def _labels_on_each_rank(original: Callable) -> Callable:
 
 def _one_replica(original: Callable) -> Callable:
     """The dp axis, which is one rank here, in place of all ranks with the same weights."""
-    return lambda model, flat, replicas, **options: original(model, flat, Axis(), **options)
+
+    def mutated(*arguments, **options):
+        return original(*(Axis() if isinstance(argument, Axis) else argument for argument in arguments), **options)
+
+    return mutated
 
 
 CONTEXT = {
