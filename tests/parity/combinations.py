@@ -100,7 +100,8 @@ def _with(case: dict[str, object], name: str, value: object) -> dict[str, object
 def is_allowed(case: Mapping[str, object]) -> bool:
     """Whether the configuration takes it, and the reference has it."""
     made = Case(**case)
-    if made.model == "bert" and made.documents != "plain":
+    of_the_other = made.documents != "plain" if made.model == "bert" else not (made.padding and made.sentence)
+    if of_the_other:
         return False
     if made.overflow and made.precision != "fp64":
         return False

