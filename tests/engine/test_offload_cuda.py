@@ -112,6 +112,20 @@ def test_a_streamed_weight_is_that_of_its_place_on_the_host():
         buffer.release()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_with_the_parameters_alone_a_step_never_waits_for_the_device(precision: str):
+    """CUDA itself raises at whatever synchronises."""
+    engine, _ = trained(make(SMALL, precision, "parameters"), 1)
+    batches = [batch(2, index) for index in range(COUNT)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = engine.step(2, batches.__getitem__, global_batch_size=COUNT * B, learning_rate=1e-3).packed()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.isfinite().all()
+
+
 @pytest.mark.parametrize("what", [None, *ALL])
 def test_the_peak_is_below_the_prediction(what: str | None):
     gc.collect()
