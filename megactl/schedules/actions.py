@@ -8,8 +8,8 @@ what is predicted is what runs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from heapq import heappop, heappush
@@ -59,9 +59,8 @@ class Transfer(NamedTuple):
         return f"{self.payload} of micro-batch {self.microbatch} from stage {self.producer} to stage {self.consumer}"
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One step of one rank.
+class Action(NamedTuple):
+    """One step of one rank. (A named tuple, since a large job's schedule has millions: a frozen dataclass is made four times as slowly.)
 
     `virtual_stage` is always a stage of the rank that holds the action: of a SEND the stage that produced the tensor, of a
     RECV the stage that will consume it; `transfer` names both ends and is equal for the two halves of a match.
@@ -221,32 +220,37 @@ Order = Sequence[tuple[Kind | str, int, int]]
 
 def build(name: str, orders: Sequence[Order], *, num_microbatches: int, stage_to_rank: Sequence[int]) -> Schedule:
     """A `Schedule` from one order a rank: slots are assigned here, so generators only choose the order."""
-    programs = tuple(assign_slots(Action(Kind(kind), stage, microbatch) for kind, stage, microbatch in order) for order in orders)
+    programs = tuple(assign_slots(order) for order in orders)
     return Schedule(name, len(orders), num_microbatches, len(stage_to_rank), tuple(stage_to_rank), programs)
 
 
-def assign_slots(actions: Iterable[Action]) -> tuple[Action, ...]:
-    """Give every computation of one rank its slot: the smallest free one of its stage at F, free again after B or W.
+def assign_slots(order: Order) -> tuple[Action, ...]:
+    """One rank's computations with their slots: F takes the smallest free one of its stage, B or W sets it free again.
 
     Raises ScheduleError where a backward has no forward before it, since then no buffers exist to work on.
     """
     live: dict[tuple[int, int], int] = {}
     freed: dict[int, list[int]] = {}
     opened: dict[int, int] = {}
+    kinds = {name: kind for kind in Kind for name in (kind, kind.value)}
     result = []
-    for position, action in enumerate(actions):
-        stage, key = action.virtual_stage, (action.virtual_stage, action.microbatch)
-        if action.kind is Kind.F:
+    for position, (name, stage, microbatch) in enumerate(order):
+        kind, key = kinds[name], (stage, microbatch)
+        if kind is Kind.F:
             # Slots are opened in order, so a freed one is always smaller than the next new one.
             if freed.get(stage):
-                live[key] = heappop(freed[stage])
+                slot = heappop(freed[stage])
             else:
-                live[key] = opened.get(stage, 0)
-                opened[stage] = live[key] + 1
+                slot = opened.get(stage, 0)
+                opened[stage] = slot + 1
+            live[key] = slot
         elif key not in live:
-            part = f"{action.kind.value} of micro-batch {action.microbatch} on stage {stage}"
+            part = f"{kind.value} of micro-batch {microbatch} on stage {stage}"
             raise ScheduleError(f"position {position}: {part} has no forward before it", "put the forward first in the rank's order")
-        result.append(replace(action, slot=live[key]))
-        if action.kind in WEIGHT_GRADIENT:
-            heappush(freed.setdefault(stage, []), live.pop(key))
+        elif kind in WEIGHT_GRADIENT:
+            slot = live.pop(key)
+            heappush(freed.setdefault(stage, []), slot)
+        else:
+            slot = live[key]
+        result.append(Action(kind, stage, microbatch, slot))
     return tuple(result)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import INPUT_GRADIENT, WEIGHT_GRADIENT, Action, Kind, Schedule
+from megactl.schedules.actions import Action, Kind, Schedule
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One computation on the time axis (unit: that of the durations given)."""
 
     action: Action
@@ -35,37 +37,23 @@ class Timeline:
         return max((sum(span.end - span.start for span in row) for row in self.spans), default=0.0)
 
     @property
+    def bubble(self) -> float:
+        """Idle time of the busiest rank, from the first start of any rank to the last end of any."""
+        return self.makespan - self.ideal
+
+    @property
     def bubble_fraction(self) -> float:
         """Idle time over ideal time: (p-1)/m for GPipe and 1F1B with equal stages and free transfers."""
-        return self.makespan / self.ideal - 1.0 if self.ideal else 0.0
+        return self.bubble / self.ideal if self.ideal else 0.0
 
+    @property
+    def own_bubble(self) -> float:
+        """The longest idle time of a rank between its own first start and its own last end.
 
-Need = tuple[str, int, int]
-"""A result some computation waits for: ('forward' | 'input gradient' | 'weight gradient', virtual stage, micro-batch)."""
-
-
-def results_of(action: Action) -> tuple[Need, ...]:
-    """What a computation makes available to others."""
-    stage, microbatch = action.virtual_stage, action.microbatch
-    if action.kind is Kind.F:
-        return (("forward", stage, microbatch),)
-    made: list[Need] = []
-    if action.kind in INPUT_GRADIENT:
-        made.append(("input gradient", stage, microbatch))
-    if action.kind in WEIGHT_GRADIENT:
-        made.append(("weight gradient", stage, microbatch))
-    return tuple(made)
-
-
-def needs_of(action: Action, num_stages: int) -> tuple[Need, ...]:
-    """What a computation waits for: the neighbour's tensor, and the earlier part of its own micro-batch."""
-    stage, microbatch = action.virtual_stage, action.microbatch
-    if action.kind is Kind.F:
-        return (("forward", stage - 1, microbatch),) if stage > 0 else ()
-    if action.kind is Kind.W:
-        return (("input gradient", stage, microbatch),)
-    own: tuple[Need, ...] = (("forward", stage, microbatch),)
-    return (*own, ("input gradient", stage + 1, microbatch)) if stage < num_stages - 1 else own
+        What the zero-bubble papers count: there a rank starts its next iteration without waiting for the others, since the optimizer
+        step needs no number of all ranks (Qi et al. 2023, section 4). Where it does (a gradient norm), `bubble` is what is lost.
+        """
+        return max((row[-1].end - row[0].start - sum(span.end - span.start for span in row) for row in self.spans if row), default=0.0)
 
 
 def simulate(
@@ -83,69 +71,110 @@ def simulate(
     given. A tensor for another rank is usable `transfer` after it was produced; within a rank it is free.
     Raises ScheduleError when no rank can go on, naming what each one waits for.
     """
+    split = backward / 2
     durations = {
         Kind.F: forward,
-        Kind.B: backward,
-        Kind.I: backward / 2 if input_gradient is None else input_gradient,
-        Kind.W: backward / 2 if weight_gradient is None else weight_gradient,
+        Kind.B: backward if input_gradient is None or weight_gradient is None else input_gradient + weight_gradient,
+        Kind.I: split if input_gradient is None else input_gradient,
+        Kind.W: split if weight_gradient is None else weight_gradient,
     }
+    ends = run_times(schedule, durations, transfer)
+    rows = zip(schedule.programs, ends, strict=True)
+    return Timeline(tuple(tuple(_spans(program, row, durations)) for program, row in rows))
+
+
+def _spans(program: tuple[Action, ...], ends: list[float], durations: Mapping[Kind, float]) -> Iterator[Span]:
+    for action, end in zip(program, ends, strict=True):
+        yield Span(action, end - durations[action.kind], end)
+
+
+UNIT_TIMES: Mapping[Kind, float] = MappingProxyType({Kind.F: 1.0, Kind.B: 2.0, Kind.I: 1.0, Kind.W: 1.0})
+"""What a schedule is dated with where no durations are known: a backward does twice the work of a forward."""
+
+
+def run_times(schedule: Schedule, durations: Mapping[Kind, float], transfer: float = 0.0) -> list[list[float]]:
+    """When each computation of each rank ends. See `simulate`, which makes spans of it; long schedules have millions of those.
+
+    Every rank runs its program in order, each action as early as its inputs allow; a rank blocked on an input waits in a table.
+    """
     return _Simulation(schedule, durations, transfer).run()
 
 
 class _Simulation:
-    """Every rank runs its program in order, each action as early as its inputs allow; ranks blocked on an input wait in a table."""
+    """Results are numbered: the forward of micro-batch b on stage s is s x m + b, its input gradient that plus (stages x m)."""
 
-    def __init__(self, schedule: Schedule, durations: dict[Kind, float], transfer: float) -> None:
+    def __init__(self, schedule: Schedule, durations: Mapping[Kind, float], transfer: float) -> None:
         self.schedule = schedule
         self.durations = durations
         self.transfer = transfer
-        self.ready: dict[Need, tuple[float, int]] = {}
-        self.waiting: dict[Need, list[int]] = {}
-        self.spans: list[list[Span]] = [[] for _ in range(schedule.num_ranks)]
+        self.ready: dict[int, float] = {}
+        self.waiting: dict[int, list[int]] = {}
+        self.ends: list[list[float]] = [[] for _ in range(schedule.num_ranks)]
 
-    def run(self) -> Timeline:
+    def run(self) -> list[list[float]]:
         runnable = deque(range(self.schedule.num_ranks))
         while runnable:
-            rank = runnable.popleft()
-            runnable.extend(self._advance(rank))
+            runnable.extend(self._advance(runnable.popleft()))
         self._refuse_deadlock()
-        return Timeline(tuple(tuple(row) for row in self.spans))
+        return self.ends
 
     def _advance(self, rank: int) -> list[int]:
-        """Run a rank until it blocks or ends; returns the ranks its results set free."""
+        """Run a rank until it blocks or ends; returns the ranks its results set free. (One flat loop: it runs for every action.)"""
+        ready, waiting, owners, durations = self.ready, self.waiting, self.schedule.stage_to_rank, self.durations
+        count, last, ends = self.schedule.num_microbatches, self.schedule.num_stages - 1, self.ends[rank]
+        gradients = (last + 1) * count
         freed: list[int] = []
-        program = self.schedule.programs[rank]
-        while len(self.spans[rank]) < len(program):
-            action = program[len(self.spans[rank])]
-            needs = needs_of(action, self.schedule.num_stages)
-            missing = next((need for need in needs if need not in self.ready), None)
-            if missing is not None:
-                self.waiting.setdefault(missing, []).append(rank)
-                break
-            end = self._run(rank, action, needs)
-            for result in results_of(action):
-                self.ready.setdefault(result, (end, rank))
-                freed += self.waiting.pop(result, [])
+        clock = ends[-1] if ends else 0.0
+        for kind, stage, microbatch, _, _, _ in self.schedule.programs[rank][len(ends) :]:
+            result, needs, neighbour = stage * count + microbatch, None, stage
+            if kind is Kind.F:
+                if stage:
+                    needs, neighbour = result - count, stage - 1
+            else:
+                # The part of the same micro-batch before it is on the same rank.
+                own = result + gradients if kind is Kind.W else result
+                if own not in ready:
+                    waiting.setdefault(own, []).append(rank)
+                    break
+                result += gradients
+                if stage < last and kind is not Kind.W:
+                    needs, neighbour = result + count, stage + 1
+            if needs is not None:
+                date = ready.get(needs)
+                if date is None:
+                    waiting.setdefault(needs, []).append(rank)
+                    break
+                if owners[neighbour] != rank:
+                    date += self.transfer
+                if date > clock:
+                    clock = date
+            clock += durations[kind]
+            ends.append(clock)
+            if result not in ready:
+                ready[result] = clock
+                if result in waiting:
+                    freed += waiting.pop(result)
         return freed
 
-    def _run(self, rank: int, action: Action, needs: tuple[Need, ...]) -> float:
-        row = self.spans[rank]
-        start = row[-1].end if row else 0.0
-        for need in needs:
-            time, producer = self.ready[need]
-            start = max(start, time if producer == rank else time + self.transfer)
-        row.append(Span(action, start, start + self.durations[action.kind]))
-        return row[-1].end
-
     def _refuse_deadlock(self) -> None:
-        stuck = [rank for rank, row in enumerate(self.spans) if len(row) < len(self.schedule.programs[rank])]
+        stuck = [rank for rank, ends in enumerate(self.ends) if len(ends) < len(self.schedule.programs[rank])]
         if not stuck:
             return
         lines = []
         for rank in stuck:
-            position = len(self.spans[rank])
+            position = len(self.ends[rank])
             action = self.schedule.programs[rank][position]
-            missing = next(need for need in needs_of(action, self.schedule.num_stages) if need not in self.ready)
-            awaited = f"the {missing[0]} of micro-batch {missing[2]} on stage {missing[1]}"
-            lines.append(f"rank {rank}, position {position}: {action} waits for {awaited}")
+            lines.append(f"rank {rank}, position {position}: {action} waits for {self._awaited(action)}")
         raise ScheduleError("; ".join(lines) + "; no rank can go on", "order the computations so that every input is produced first")
+
+    def _awaited(self, action: Action) -> str:
+        """The first thing an action lacks, in words."""
+        count, stage, microbatch = self.schedule.num_microbatches, action.virtual_stage, action.microbatch
+        gradients = self.schedule.num_stages * count
+        if action.kind is Kind.F:
+            return f"the forward of micro-batch {microbatch} on stage {stage - 1}"
+        if action.kind is not Kind.W and stage * count + microbatch not in self.ready:
+            return f"the forward of micro-batch {microbatch} on stage {stage}"
+        if action.kind is Kind.W and gradients + stage * count + microbatch not in self.ready:
+            return f"the input gradient of micro-batch {microbatch} on stage {stage}"
+        return f"the input gradient of micro-batch {microbatch} on stage {stage + 1}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from megactl.errors import ScheduleError
 from megactl.schedules.actions import COMPUTE, WEIGHT_GRADIENT, Action, Kind, Schedule
 from megactl.schedules.generators import GENERATORS, max_live_microbatches, max_live_on_rank
-from megactl.schedules.simulation import simulate
+from megactl.schedules.simulation import UNIT_TIMES, run_times
 
 
 def broken(rank: int, position: int | None, rule: str) -> ScheduleError:
@@ -26,10 +25,9 @@ def validate(schedule: Schedule) -> None:
     """
     _check_shape(schedule)
     for rank, program in enumerate(schedule.programs):
-        _check_program(schedule, rank, program)
-        _check_complete(schedule, rank, program)
+        _check_complete(schedule, rank, _check_program(schedule, rank, program))
         _check_slots(schedule, rank, program)
-    simulate(schedule)
+    run_times(schedule, UNIT_TIMES)
 
 
 def _check_shape(schedule: Schedule) -> None:
@@ -48,43 +46,46 @@ def _check_shape(schedule: Schedule) -> None:
             raise ScheduleError(f"rank {rank} holds no stage: every rank needs one", "use fewer ranks or more stages")
 
 
-def _check_program(schedule: Schedule, rank: int, program: tuple[Action, ...]) -> None:
-    """What can be said of one action on its own, and the order of the parts of one micro-batch."""
-    done: dict[tuple[int, int], list[Kind]] = {}
+_PARTS: dict[str, dict[Kind, str]] = {"": {Kind.F: "F"}, "F": {Kind.B: "FB", Kind.I: "FI"}, "FI": {Kind.W: "FIW"}}
+"""What a micro-batch on a stage has had so far, and what may come next."""
+
+
+def _check_program(schedule: Schedule, rank: int, program: tuple[Action, ...]) -> dict[tuple[int, int], str]:
+    """What can be said of one action on its own, and the order of the parts of one micro-batch. Returns what each has had."""
+    had: dict[tuple[int, int], str] = {}
+    stages, count = frozenset(schedule.stages_of(rank)), schedule.num_microbatches
     for position, action in enumerate(program):
-        if action.kind not in COMPUTE:
+        kind, stage, microbatch, _, payload, peer = action
+        if kind not in COMPUTE:
             raise broken(rank, position, f"{action} is communication; a schedule holds computations only, lower() adds the rest")
-        if not 0 <= action.virtual_stage < schedule.num_stages or schedule.stage_to_rank[action.virtual_stage] != rank:
+        if stage not in stages:
             raise broken(rank, position, f"{action} works on a stage that is not on this rank")
-        if not 0 <= action.microbatch < schedule.num_microbatches:
-            raise broken(rank, position, f"{action}: micro-batches are 0 to {schedule.num_microbatches - 1}")
-        if action.payload is not None or action.peer is not None:
+        if not 0 <= microbatch < count:
+            raise broken(rank, position, f"{action}: micro-batches are 0 to {count - 1}")
+        if payload is not None or peer is not None:
             raise broken(rank, position, f"{action} is a computation and must have neither payload nor peer")
-        parts = done.setdefault((action.virtual_stage, action.microbatch), [])
-        if (problem := _part_problem(parts, action.kind)) is not None:
-            raise broken(rank, position, f"{action}: {problem}")
-        parts.append(action.kind)
+        parts = had.get((stage, microbatch), "")
+        after = _PARTS.get(parts, {}).get(kind)
+        if after is None:
+            raise broken(rank, position, f"{action}: {_part_problem(parts, kind)}")
+        had[stage, microbatch] = after
+    return had
 
 
-def _part_problem(parts: list[Kind], kind: Kind) -> str | None:
-    """Why `kind` cannot follow `parts`, the earlier parts of the same micro-batch on the same stage; None if it can."""
-    allowed = {(): {Kind.F}, (Kind.F,): {Kind.B, Kind.I}, (Kind.F, Kind.I): {Kind.W}}.get(tuple(parts), set())
-    if kind in allowed:
-        return None
-    if kind in parts:
+def _part_problem(parts: str, kind: Kind) -> str:
+    """Why `kind` cannot follow `parts`, the earlier parts of the same micro-batch on the same stage."""
+    if kind.value in parts:
         return f"{kind.value} was already done for it"
-    earlier = ", ".join(part.value for part in parts) or "nothing"
+    earlier = ", ".join(parts) or "nothing"
     return f"{kind.value} may not come after {earlier}; the order is F then B, or F, I, W"
 
 
-def _check_complete(schedule: Schedule, rank: int, program: tuple[Action, ...]) -> None:
-    kinds = Counter((action.virtual_stage, action.microbatch, action.kind) for action in program)
+def _check_complete(schedule: Schedule, rank: int, had: dict[tuple[int, int], str]) -> None:
     for stage in schedule.stages_of(rank):
         for microbatch in range(schedule.num_microbatches):
-            if not kinds[stage, microbatch, Kind.F]:
-                raise broken(rank, None, f"micro-batch {microbatch} has no F on stage {stage}")
-            if not any(kinds[stage, microbatch, kind] for kind in WEIGHT_GRADIENT):
-                absent = "W" if kinds[stage, microbatch, Kind.I] else "B"
+            parts = had.get((stage, microbatch), "")
+            if parts not in ("FB", "FIW"):
+                absent = {"": "F", "F": "B", "FI": "W"}[parts]
                 raise broken(rank, None, f"micro-batch {microbatch} has no {absent} on stage {stage}")
 
 
@@ -97,11 +98,13 @@ def _check_slots(schedule: Schedule, rank: int, program: tuple[Action, ...]) -> 
             raise broken(rank, position, f"{live} live micro-batches on stage {stage}; {schedule.name} holds at most {bounds[stage]}")
         if rank_bound is not None and on_rank > rank_bound:
             raise broken(rank, position, f"{on_rank} live micro-batches on all its stages; {schedule.name} holds at most {rank_bound}")
+    used: dict[int, set[int]] = {stage: set() for stage in peaks}
+    for action in program:
+        used[action.virtual_stage].add(action.slot)
     for stage, peak in peaks.items():
-        slots = {action.slot for action in program if action.virtual_stage == stage}
-        if slots != set(range(peak)):
+        if used[stage] != set(range(peak)):
             rule = f"its peak of {peak} live micro-batches needs exactly slots 0 to {peak - 1}"
-            raise broken(rank, None, f"stage {stage} uses slots {sorted(slots)}; {rule}")
+            raise broken(rank, None, f"stage {stage} uses slots {sorted(used[stage])}; {rule}")
 
 
 def live_microbatches(rank: int, program: tuple[Action, ...]) -> Iterator[tuple[int, int, int, int]]:
@@ -110,20 +113,21 @@ def live_microbatches(rank: int, program: tuple[Action, ...]) -> Iterator[tuple[
     `program` is one rank's computations, each micro-batch's parts already known to be complete and in order.
     """
     owners: dict[tuple[int, int], int] = {}
-    live: Counter[int] = Counter()
+    live: dict[int, int] = {}
     for position, action in enumerate(program):
-        buffer = (action.virtual_stage, action.slot)
-        if action.kind is Kind.F:
+        kind, stage, microbatch, slot, _, _ = action
+        buffer = (stage, slot)
+        if kind is Kind.F:
             if buffer in owners:
                 raise broken(rank, position, f"{action} takes a slot in which micro-batch {owners[buffer]} is still live")
-            owners[buffer] = action.microbatch
-            live[action.virtual_stage] += 1
-            yield position, action.virtual_stage, live[action.virtual_stage], len(owners)
-        elif owners.get(buffer) != action.microbatch:
+            owners[buffer] = microbatch
+            live[stage] = live.get(stage, 0) + 1
+            yield position, stage, live[stage], len(owners)
+        elif owners.get(buffer) != microbatch:
             raise broken(rank, position, f"{action} uses a slot that its forward did not take")
-        elif action.kind in WEIGHT_GRADIENT:
+        elif kind in WEIGHT_GRADIENT:
             del owners[buffer]
-            live[action.virtual_stage] -= 1
+            live[stage] -= 1
 
 
 def _bounds(schedule: Schedule, rank: int) -> tuple[dict[int, int], int | None]:

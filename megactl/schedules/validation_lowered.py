@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import COMPUTE, NONE, WEIGHT_GRADIENT, Action, Exchange, Item, Kind, LoweredSchedule, Transfer
+from megactl.schedules.actions import (
+    COMPUTE,
+    INPUT_GRADIENT,
+    NONE,
+    WEIGHT_GRADIENT,
+    Action,
+    Exchange,
+    Item,
+    Kind,
+    LoweredSchedule,
+    Transfer,
+)
 from megactl.schedules.validation import broken, validate
 
 
@@ -20,53 +30,93 @@ def validate_lowered(lowered: LoweredSchedule) -> None:
     stages compute only between UNSHARD and RESHARD; and no deadlock, neither where a rank waits for a batch only when a
     computation needs one of its receives, nor where every batch blocks until each of its members is matched.
     """
-    validate(lowered.computations())
-    for rank, program in enumerate(lowered.programs):
-        _RankCheck(lowered, rank).run(program)
+    computations = lowered.computations()
+    validate(computations)
+    steps = [_RankCheck(lowered, rank, computations.programs[rank]).run(lowered.programs[rank]) for rank in range(lowered.num_ranks)]
     _check_pairs(lowered)
-    _Rendezvous(lowered, blocking=False).run()
-    _Rendezvous(lowered, blocking=True).run()
+    _Rendezvous(lowered, steps, blocking=False).run()
+    _Rendezvous(lowered, steps, blocking=True).run()
 
 
-def _communications(program: tuple[Item, ...]) -> Iterator[tuple[int, Action]]:
-    for position, item in enumerate(program):
-        if isinstance(item, Exchange):
-            for action in item.actions:
-                yield position, action
+class _Numbers:
+    """Transfers as numbers, since a long schedule has millions: the tensor that a stage produces for a micro-batch.
+
+    An end of a transfer is twice that, plus one at the receiver, so that the two ends differ in the last bit.
+    """
+
+    def __init__(self, lowered: LoweredSchedule) -> None:
+        self.count, self.gradients = lowered.num_microbatches, lowered.num_stages * lowered.num_microbatches
+        self.ends = 4 * self.gradients
+
+    def end(self, action: Action) -> int:
+        """That of a SEND or RECV whose stage and micro-batch exist, at its own side."""
+        kind, stage, microbatch, _, payload, _ = action
+        forward = payload == "activation"
+        if kind is Kind.RECV:
+            return 2 * ((stage - 1 if forward else stage + 1) * self.count + microbatch + (0 if forward else self.gradients)) + 1
+        return 2 * (stage * self.count + microbatch + (0 if forward else self.gradients))
+
+    def transfer(self, number: int) -> Transfer:
+        """The transfer in words."""
+        backward, rest = divmod(number, self.gradients)
+        stage, microbatch = divmod(rest, self.count)
+        return Transfer("gradient", stage, stage - 1, microbatch) if backward else Transfer("activation", stage, stage + 1, microbatch)
+
+
+class _Step(NamedTuple):
+    """What an item means for other ranks: `posts` are the ends it posts, `needs` those of the batch that a computation waits for."""
+
+    position: int
+    posts: tuple[int, ...]
+    needs: tuple[int, ...]
 
 
 class _RankCheck:
     """Walks one rank's program and keeps what is in hand: outputs to send, inputs received, slot owners, unsharded stages."""
 
-    def __init__(self, lowered: LoweredSchedule, rank: int) -> None:
-        self.lowered, self.rank = lowered, rank
-        self.slots = {(a.virtual_stage, a.microbatch): a.slot for a in lowered.compute_program(rank)}
-        self.to_send: set[Transfer] = set()
-        self.received: set[Transfer] = set()
+    def __init__(self, lowered: LoweredSchedule, rank: int, computations: tuple[Action, ...]) -> None:
+        self.lowered, self.rank, self.numbers = lowered, rank, _Numbers(lowered)
+        self.slots = {(a.virtual_stage, a.microbatch): a.slot for a in computations}
+        self.to_send: set[int] = set()
+        # Of each received transfer the batch that brought it.
+        self.received: dict[int, tuple[int, ...]] = {}
         self.owners: dict[tuple[int, int], int] = {}
         self.gradients_left = {stage: lowered.num_microbatches for stage in lowered.stages_of(rank)}
         self.reduced: set[int] = set()
         self.sharded = {a.virtual_stage for a in lowered.programs[rank] if isinstance(a, Action) and a.kind in (Kind.UNSHARD, Kind.RESHARD)}
         self.gathered: set[int] = set()
+        self.steps: list[_Step] = []
 
-    def run(self, program: tuple[Item, ...]) -> None:
+    def run(self, program: tuple[Item, ...]) -> list[_Step]:
+        """Raise at the first broken rule; returns what other ranks have to do with."""
         for position, item in enumerate(program):
             if isinstance(item, Exchange):
-                if not item.actions:
-                    raise broken(self.rank, position, "an exchange without sends or receives")
-                for action in item.actions:
-                    self._communicate(position, action)
+                self._exchange(position, item.actions)
             elif item.kind in COMPUTE:
                 self._compute(position, item)
             else:
                 self._whole_stage(position, item)
         self._finish()
+        return self.steps
 
-    def _communicate(self, position: int, action: Action) -> None:
+    def _exchange(self, position: int, actions: tuple[Action, ...]) -> None:
+        if not actions:
+            raise broken(self.rank, position, "an exchange without sends or receives")
+        ends = []
+        for action in actions:
+            self._check_ends(position, action)
+            end = self.numbers.end(action)
+            (self._receive if end % 2 else self._send)(position, action, end // 2)
+            ends.append(end)
+        batch = tuple(ends)
+        self.received.update((end // 2, batch) for end in ends if end % 2)
+        self.steps.append(_Step(position, batch, ()))
+
+    def _check_ends(self, position: int, action: Action) -> None:
         if action.kind not in (Kind.SEND, Kind.RECV) or action.payload not in ("activation", "gradient"):
             raise broken(self.rank, position, f"{action} in an exchange; only SEND and RECV of an activation or gradient belong there")
-        transfer = action.transfer
-        other = transfer.consumer if action.kind is Kind.SEND else transfer.producer
+        ahead = (action.kind is Kind.SEND) == (action.payload == "activation")
+        other = action.virtual_stage + (1 if ahead else -1)
         if action.virtual_stage not in self.gradients_left or not 0 <= other < self.lowered.num_stages or other in self.gradients_left:
             raise broken(self.rank, position, f"{action} does not move a tensor between a stage of this rank and one of another")
         owner = self.lowered.stage_to_rank[other]
@@ -74,17 +124,16 @@ class _RankCheck:
             raise broken(self.rank, position, f"{action} names rank {action.peer}; stage {other} is on rank {owner}")
         if self.slots.get((action.virtual_stage, action.microbatch)) != action.slot:
             raise broken(self.rank, position, f"{action} names another slot than the micro-batch's computations")
-        (self._send if action.kind is Kind.SEND else self._receive)(position, action)
 
-    def _send(self, position: int, action: Action) -> None:
-        if action.transfer not in self.to_send:
+    def _send(self, position: int, action: Action, transfer: int) -> None:
+        if transfer not in self.to_send:
             raise broken(self.rank, position, f"{action}: nothing to send, it was not produced yet or was sent already")
-        self.to_send.remove(action.transfer)
+        self.to_send.remove(transfer)
 
-    def _receive(self, position: int, action: Action) -> None:
-        if action.transfer in self.received:
+    def _receive(self, position: int, action: Action, transfer: int) -> None:
+        if transfer in self.received:
             raise broken(self.rank, position, f"{action}: received twice")
-        self.received.add(action.transfer)
+        self.received[transfer] = ()
         buffer = (action.virtual_stage, action.slot)
         if action.payload == "activation":
             if buffer in self.owners:
@@ -94,21 +143,29 @@ class _RankCheck:
             raise broken(self.rank, position, f"{action} comes before its micro-batch is live in the slot")
 
     def _compute(self, position: int, action: Action) -> None:
-        needed = self.lowered.received_for(action)
-        if needed is not None and needed not in self.received:
-            raise broken(self.rank, position, f"{action} runs before the {needed} is received")
-        if action.virtual_stage in self.sharded and action.virtual_stage not in self.gathered:
-            raise broken(self.rank, position, f"{action} runs while the weights of its stage are sharded")
-        buffer = (action.virtual_stage, action.slot)
-        if action.kind is Kind.F:
+        kind, stage, microbatch, slot, _, _ = action
+        number = stage * self.numbers.count + microbatch
+        if kind is Kind.F:
+            self._move(position, action, stage - 1, number - self.numbers.count, stage + 1, number)
             # That no other micro-batch is live in it is known from `validate`, or from its receive.
-            self.owners[buffer] = action.microbatch
-        elif action.kind in WEIGHT_GRADIENT:
-            self.gradients_left[action.virtual_stage] -= 1
-            del self.owners[buffer]
-        produced = self.lowered.sent_by(action)
-        if produced is not None:
-            self.to_send.add(produced)
+            self.owners[stage, slot] = microbatch
+        elif kind in INPUT_GRADIENT:
+            number += self.numbers.gradients
+            self._move(position, action, stage + 1, number + self.numbers.count, stage - 1, number)
+        if stage in self.sharded and stage not in self.gathered:
+            raise broken(self.rank, position, f"{action} runs while the weights of its stage are sharded")
+        if kind in WEIGHT_GRADIENT:
+            self.gradients_left[stage] -= 1
+            del self.owners[stage, slot]
+
+    def _move(self, position: int, action: Action, source: int, needed: int, target: int, made: int) -> None:
+        """A computation that reads transfer `needed` from stage `source` and makes `made` for stage `target`, where they are others'."""
+        if 0 <= source < self.lowered.num_stages and source not in self.gradients_left:
+            if needed not in self.received:
+                raise broken(self.rank, position, f"{action} runs before the {self.numbers.transfer(needed)} is received")
+            self.steps.append(_Step(position, (), self.received[needed]))
+        if 0 <= target < self.lowered.num_stages and target not in self.gradients_left:
+            self.to_send.add(made)
 
     def _whole_stage(self, position: int, action: Action) -> None:
         stage = action.virtual_stage
@@ -128,7 +185,7 @@ class _RankCheck:
 
     def _finish(self) -> None:
         if self.to_send:
-            raise broken(self.rank, None, f"the {min(self.to_send)} is never sent")
+            raise broken(self.rank, None, f"the {self.numbers.transfer(min(self.to_send))} is never sent")
         for stage in self.gradients_left:
             if stage not in self.reduced:
                 raise broken(self.rank, None, f"stage {stage} is never reduced")
@@ -138,31 +195,24 @@ class _RankCheck:
 
 def _check_pairs(lowered: LoweredSchedule) -> None:
     """On every ordered pair of ranks the k-th send must be the k-th receive: backends match by order, not by name."""
-    ends: dict[tuple[int, int], tuple[list[Transfer], list[tuple[int, Transfer]]]] = {}
+    numbers = _Numbers(lowered)
+    sent: dict[tuple[int, int], list[int]] = {}
+    received: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for rank, program in enumerate(lowered.programs):
-        for position, action in _communications(program):
-            assert action.peer is not None
-            if action.kind is Kind.SEND:
-                ends.setdefault((rank, action.peer), ([], []))[0].append(action.transfer)
-            else:
-                ends.setdefault((action.peer, rank), ([], []))[1].append((position, action.transfer))
-    for (source, target), (sent, received) in sorted(ends.items()):
+        for position, item in enumerate(program):
+            for action in item.actions if isinstance(item, Exchange) else ():
+                assert action.peer is not None
+                end = numbers.end(action)
+                if end % 2:
+                    received.setdefault((action.peer, rank), []).append((position, end // 2))
+                else:
+                    sent.setdefault((rank, action.peer), []).append(end // 2)
+    for pair in sorted(sent):
         # Equally many: each end's completeness was checked on its own rank.
-        for sent_transfer, (position, transfer) in zip(sent, received, strict=True):
-            if sent_transfer != transfer:
-                raise broken(target, position, f"receives the {transfer} from rank {source}, which sends the {sent_transfer} at that point")
-
-
-End = tuple[Kind, Transfer]
-"""One half of a transfer: (SEND, ...) or (RECV, ...)."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """An item as rendezvous sees it: it posts ends, then waits until other ends have been posted by anyone."""
-
-    posts: tuple[End, ...]
-    waits: tuple[End, ...]
+        for there, (position, here) in zip(sent[pair], received[pair], strict=True):
+            if there != here:
+                sends = f"which sends the {numbers.transfer(there)} at that point"
+                raise broken(pair[1], position, f"receives the {numbers.transfer(here)} from rank {pair[0]}, {sends}")
 
 
 class _Rendezvous:
@@ -172,32 +222,17 @@ class _Rendezvous:
     sends and receives. blocking=True: a rank waits for every batch where it posts it.
     """
 
-    def __init__(self, lowered: LoweredSchedule, *, blocking: bool) -> None:
-        self.lowered, self.blocking = lowered, blocking
-        self.steps = [self._steps(program) for program in lowered.programs]
-        self.positions = [0] * lowered.num_ranks
-        self.posted: set[End] = set()
-        self.waiting: dict[End, list[int]] = {}
-
-    def _steps(self, program: tuple[Item, ...]) -> list[_Step]:
-        steps = []
-        batch_of: dict[Transfer, tuple[End, ...]] = {}
-        for item in program:
-            if isinstance(item, Exchange):
-                ends = tuple((action.kind, action.transfer) for action in item.actions)
-                far = tuple((Kind.RECV if kind is Kind.SEND else Kind.SEND, transfer) for kind, transfer in ends)
-                batch_of.update((transfer, far) for kind, transfer in ends if kind is Kind.RECV)
-                steps.append(_Step(ends, far if self.blocking else ()))
-            else:
-                needed = self.lowered.received_for(item)
-                steps.append(_Step((), () if needed is None else batch_of[needed]))
-        return steps
+    def __init__(self, lowered: LoweredSchedule, steps: list[list[_Step]], *, blocking: bool) -> None:
+        self.lowered, self.steps, self.blocking = lowered, steps, blocking
+        self.next = [0] * lowered.num_ranks
+        self.posted = bytearray(_Numbers(lowered).ends)
+        self.waiting: dict[int, list[int]] = {}
 
     def run(self) -> None:
         runnable = deque(range(self.lowered.num_ranks))
         while runnable:
             self._advance(runnable.popleft(), runnable)
-        stuck = [self._describe(rank) for rank, steps in enumerate(self.steps) if self.positions[rank] < len(steps)]
+        stuck = [self._describe(rank) for rank, steps in enumerate(self.steps) if self.next[rank] < len(steps)]
         if stuck:
             kind = "every batch blocks until complete" if self.blocking else "batches complete in the background"
             stuck.append(f"communication deadlock where {kind}")
@@ -205,24 +240,23 @@ class _Rendezvous:
 
     def _advance(self, rank: int, runnable: deque[int]) -> None:
         """Run a rank until it waits; it is put back on the queue when the end it waits for is posted."""
-        steps = self.steps[rank]
-        while self.positions[rank] < len(steps):
-            step = steps[self.positions[rank]]
-            for end in step.posts:
-                self.posted.add(end)
-                runnable.extend(self.waiting.pop(end, ()))
-            missing = self._missing(step)
-            if missing is not None:
-                self.waiting.setdefault(missing, []).append(rank)
-                return
-            self.positions[rank] += 1
-
-    def _missing(self, step: _Step) -> End | None:
-        return next((end for end in step.waits if end not in self.posted), None)
+        steps, posted, waiting = self.steps[rank], self.posted, self.waiting
+        for index in range(self.next[rank], len(steps)):
+            _, posts, needs = steps[index]
+            for end in posts:
+                posted[end] = 1
+                if end in waiting:
+                    runnable.extend(waiting.pop(end))
+            # A wait is over when the far ends are there as well.
+            for end in posts if self.blocking else needs:
+                if not posted[end ^ 1]:
+                    waiting.setdefault(end ^ 1, []).append(rank)
+                    self.next[rank] = index
+                    return
+        self.next[rank] = len(steps)
 
     def _describe(self, rank: int) -> str:
-        position = self.positions[rank]
-        missing = self._missing(self.steps[rank][position])
-        assert missing is not None
-        item = self.lowered.programs[rank][position]
-        return f"rank {rank}, position {position}: {item} waits for the {missing[0].value} of the {missing[1]}"
+        position, posts, needs = self.steps[rank][self.next[rank]]
+        missing = next(end ^ 1 for end in (posts if self.blocking else needs) if not self.posted[end ^ 1])
+        item, transfer = self.lowered.programs[rank][position], _Numbers(self.lowered).transfer(missing // 2)
+        return f"rank {rank}, position {position}: {item} waits for the {'RECV' if missing % 2 else 'SEND'} of the {transfer}"

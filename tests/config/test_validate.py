@@ -247,7 +247,11 @@ RULES = [
         2,
         "--tile 5: must divide hidden = 128, queries, keys and values = 384, the MLP's width = 512; use --tile 4 or 8",
     ),
-    (["parallel.zero=3", "parallel.tile=128", "model.kv_heads=1"], 2, "must divide queries, keys and values = 192; use --tile 64"),
+    (
+        ["parallel.zero=3", "parallel.tile=128", "model.kv_heads=1"],
+        2,
+        "--tile 128: must divide queries, keys and values = 192; use --tile 64",
+    ),
 ]
 
 

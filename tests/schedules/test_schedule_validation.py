@@ -47,12 +47,12 @@ def positions(subject) -> Iterator[tuple[int, int]]:
 
 def changed_fields(action: Action) -> Iterator[Action]:
     """Every way of making one field of an action wrong."""
-    yield from (replace(action, kind=kind) for kind in Kind if kind is not action.kind)
-    yield from (replace(action, virtual_stage=action.virtual_stage + d) for d in (-1, 1))
-    yield from (replace(action, microbatch=action.microbatch + d) for d in (-1, 1))
-    yield from (replace(action, slot=action.slot + d) for d in (-1, 1))
-    yield replace(action, peer=0 if action.peer is None else action.peer + 1)
-    yield from (replace(action, payload=payload) for payload in ("activation", "gradient") if payload != action.payload)
+    yield from (action._replace(kind=kind) for kind in Kind if kind is not action.kind)
+    yield from (action._replace(virtual_stage=action.virtual_stage + d) for d in (-1, 1))
+    yield from (action._replace(microbatch=action.microbatch + d) for d in (-1, 1))
+    yield from (action._replace(slot=action.slot + d) for d in (-1, 1))
+    yield action._replace(peer=0 if action.peer is None else action.peer + 1)
+    yield from (action._replace(payload=payload) for payload in ("activation", "gradient") if payload != action.payload)
 
 
 @each_schedule
@@ -177,7 +177,7 @@ def test_computation_deadlock_names_both_sides() -> None:
     f0, b0, f1, b1 = schedule.programs[1]
     wrong = with_program(schedule, 1, (f1, b1, f0, b0))
     first = with_program(wrong, 0, [schedule.programs[0][i] for i in (0, 2, 1, 3)])
-    one_slot = tuple(tuple(replace(a, slot=0) for a in program) for program in first.programs)
+    one_slot = tuple(tuple(a._replace(slot=0) for a in program) for program in first.programs)
     rule = r"rank 0, position 1: B.*waits for the input gradient.*rank 1, position 0: F.*waits for the forward"
     with pytest.raises(ScheduleError, match=rule):
         validate(replace(first, name="handmade", programs=one_slot))
@@ -202,10 +202,10 @@ def test_a_micro_batch_left_out_on_one_stage() -> None:
 
 def test_unused_and_shared_slots() -> None:
     schedule = generate("1f1b", num_ranks=2, num_microbatches=3)
-    high = tuple(replace(a, slot=5) if a.microbatch == 0 else a for a in schedule.programs[0])
+    high = tuple(a._replace(slot=5) if a.microbatch == 0 else a for a in schedule.programs[0])
     with pytest.raises(ScheduleError, match="needs exactly slots 0 to 1"):
         validate(with_program(schedule, 0, high))
-    shared = tuple(replace(a, slot=0) for a in schedule.programs[0])
+    shared = tuple(a._replace(slot=0) for a in schedule.programs[0])
     with pytest.raises(ScheduleError, match="micro-batch 0 is still live"):
         validate(with_program(schedule, 0, shared))
 
