@@ -18,7 +18,7 @@ from megactl.engine.training_step import TrainingStep
 from megactl.engine.transient import TransientBuffer
 from parity.cases import Case, with_settings
 from parity.corpus import Corpus
-from parity.jobs import _source
+from parity.jobs import source
 from parity.pool import Pools, Worker
 
 # Wide enough that scalars, keys and alignment are less than the tolerance.
@@ -36,7 +36,7 @@ def wide(case: Case) -> Run:
 def stepper(worker: Worker, run: Run) -> tuple[TrainingStep, Callable[[int], object]]:
     """An engine, and a function that does a step of it."""
     mesh = worker.mesh(run.parallel)
-    batches = partial(_source(run, Corpus(64), mesh), 0)
+    batches = partial(source(run, Corpus(64), mesh), 0)
     engine = TrainingStep(run, mesh)
     return engine, partial(engine.step, batches=batches, global_batch_size=run.training.global_batch_size, learning_rate=0.01)
 
@@ -59,7 +59,7 @@ def resident(worker: Worker, run: Run) -> tuple[int, int, int]:
     engine, step = stepper(worker, run)
     for iteration in (1, 2):
         step(iteration)
-    engine.evaluate(partial(_source(run, Corpus(64), engine.mesh), 0), 1, run.training.micro_batch_size * engine.mesh.dp.size)
+    engine.evaluate(partial(source(run, Corpus(64), engine.mesh), 0), 1, run.training.micro_batch_size * engine.mesh.dp.size)
     flat = engine.parts[0].flat
     return storage_bytes() - before, flat.total, sum(bucket.numel for bucket in flat.buckets if not bucket.sharded)
 
@@ -131,7 +131,7 @@ def gathered(worker: Worker, run: Run) -> tuple[int, int]:
     with counts.watch():
         step(1)
         after = counts.now
-        engine.evaluate(partial(_source(run, Corpus(64), engine.mesh), 0), 1, run.training.micro_batch_size * engine.mesh.dp.size)
+        engine.evaluate(partial(source(run, Corpus(64), engine.mesh), 0), 1, run.training.micro_batch_size * engine.mesh.dp.size)
     return counts.most, after + counts.now
 
 
