@@ -242,6 +242,18 @@ def _context_parallel(names: Names) -> Iterator[Problem]:
         yield Problem(where, f"trades tokens for heads, and must divide {heads}", instead)
 
 
+def _sequence_parallel(names: Names) -> Iterator[Problem]:
+    training, parallel, show = names.run.training, names.run.parallel, names.show
+    tp, cp = parallel.tensor_parallel, parallel.context_parallel
+    if not parallel.sequence_parallel or training.micro_batch_size * training.seq_length % (tp * cp) == 0:
+        return
+    where = f"{show('training.micro_batch_size')} with {show('training.seq_length')}"
+    ranks = show("parallel.tensor_parallel") + (f" x {show('parallel.context_parallel')}" if cp > 1 else "")
+    rule = f"with {show('parallel.sequence_parallel')} the tokens of a micro-batch must be a multiple of {ranks}"
+    lengths = nearest_multiples(training.seq_length, tp * cp // math.gcd(tp * cp, training.micro_batch_size))
+    yield Problem(where, rule, f"use --seq-length {lengths}, or leave --sp out")
+
+
 def _pipeline_parallel(names: Names) -> Iterator[Problem]:
     model, parallel, show = names.run.model, names.run.parallel, names.show
     pp, chunks = parallel.pipeline_parallel, model_chunks(parallel)
@@ -370,6 +382,10 @@ _RELATIONS: tuple[tuple[Callable[[Names], Iterator[Problem]], tuple[str, ...]], 
     (_positions, ("model.max_positions", "training.seq_length")),
     (_tensor_parallel, ("model.num_heads", "model.kv_heads", "model.hidden_size", "model.ffn_size", "parallel.tensor_parallel")),
     (_context_parallel, ("model.num_heads", "parallel.tensor_parallel", "parallel.context_parallel", "training.seq_length")),
+    (
+        _sequence_parallel,
+        ("training.micro_batch_size", "training.seq_length", "parallel.tensor_parallel", "parallel.context_parallel"),
+    ),
     (_pipeline_parallel, ("model.num_layers", "parallel.pipeline_parallel", "parallel.virtual_pipeline")),
     (_recompute_layers, ("model.num_layers", "memory.recompute_layers")),
     (_tiles, ("model.hidden_size", "model.num_heads", "model.kv_heads", "model.ffn_size", "parallel.tensor_parallel", "parallel.tile")),

@@ -191,7 +191,6 @@ def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refu
 
 # Each row goes with the commit that makes its setting work.
 _UNFINISHED: tuple[Refusal, ...] = (
-    _unfinished("parallel.sequence_parallel", lambda run: run.parallel.sequence_parallel, "leave --sp out"),
     _unfinished("memory.offload", lambda run: bool(_offloaded(run) - {"activations"}), "use --offload activations"),
 )
 
@@ -199,6 +198,12 @@ _UNFINISHED: tuple[Refusal, ...] = (
 REFUSED: tuple[Refusal, ...] = (
     *_UNFINISHED,
     *_ZERO_ROWS,
+    Refusal(
+        ("parallel.sequence_parallel", "parallel.tensor_parallel"),
+        lambda run: run.parallel.sequence_parallel and run.parallel.tensor_parallel == 1,
+        "the ranks of tensor parallelism share the tokens, and there is one",
+        "use --tp 2 or more, or leave --sp out",
+    ),
     Refusal(
         ("parallel.virtual_pipeline", "parallel.pipeline_parallel"),
         lambda run: run.parallel.virtual_pipeline > 1 and run.parallel.pipeline_parallel == 1,

@@ -153,8 +153,9 @@ class Parallel:
         flags=("--scatter-gather/--no-scatter-gather",),
     )  # fmt: skip
     zero: int | None = setting(
-        None, "ZeRO stage: what the d replicas share. Bytes a parameter in bf16: 0 nothing, 18; 1 optimizer, 6 + 12/d; 2 also gradients, "
-        "2 + 16/d, but every micro-batch reduces them; 3 also weights, 18/d, gathered twice a micro-batch (default 1 when dp x cp > 1)",
+        None, "ZeRO stage: what the d = dp x cp replicas share. Bytes a parameter in bf16: 0 nothing, 18; 1 optimizer, 6 + 12/d; "
+        "2 also gradients, 2 + 16/d, but every micro-batch reduces them; 3 also weights, 18/d, gathered twice a micro-batch "
+        "(default 1 when d > 1)",
         flags=("--zero",),
     )  # fmt: skip
     zero_prefetch: int = setting(

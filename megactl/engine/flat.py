@@ -5,7 +5,8 @@
 
 Both have the same layout. Parameters stand in the order in which backward completes them (last layer first), so that a
 bucket can be reduced while the layers below it still compute. Inside a bucket they are grouped by (weight decay, counted in
-the norm), so that the optimizer and the norm see a few long segments. A bucket is padded to a multiple of
+the norm), so that the optimizer and the norm see a few long segments; those whose gradient is summed over the tensor-parallel
+ranks stand together in its middle, at the same place on each of them. A bucket is padded to a multiple of
 dp x ALIGNMENT elements: slice r of every bucket belongs to data-parallel rank r under ZeRO.
 
 With ZeRO 2 each bucket's gradients have a buffer of their own, whose memory is there only while a backward fills it; with ZeRO 3 so
@@ -39,7 +40,8 @@ class ParameterSpec:
     counted: whether this rank's copy enters the global norm (a copy on another rank does otherwise).
     tied: the embedding's weight when first and last stage both hold it; is_copy: the last stage's one. unit: the last one that
     backward passes of those that read it. readers: each of them, and whether its backward reads it too. Tiles of one tensor have
-    one name and rectangles of their own.
+    one name and rectangles of their own. partial: whole on each tensor-parallel rank, with the gradient of that rank's tokens
+    (sequence parallelism).
     """
 
     name: str
@@ -53,6 +55,7 @@ class ParameterSpec:
     is_copy: bool
     unit: int
     readers: tuple[tuple[int, bool], ...]
+    partial: bool = False
 
     @property
     def held_shape(self) -> tuple[int, ...]:
@@ -104,6 +107,7 @@ class Bucket:
     """Range [start, stop) of the flat buffers; complete once backward has passed `unit`.
 
     sharded: its weights are gathered when they are read. gaps: ranges, from the bucket's start, that belong to no parameter.
+    partial: the range, from the bucket's start, whose gradients are summed over the tensor-parallel ranks; empty for none.
     """
 
     start: int
@@ -114,11 +118,17 @@ class Bucket:
     readers: tuple[tuple[int, bool], ...] = ()
     sharded: bool = False
     gaps: tuple[tuple[int, int], ...] = ()
+    partial: tuple[int, int] = (0, 0)
 
     @property
     def numel(self) -> int:
         """Elements, gaps included."""
         return self.stop - self.start
+
+    @property
+    def sums_tokens(self) -> bool:
+        """Whether some of its gradients are of this tensor-parallel rank's tokens only."""
+        return self.partial[0] < self.partial[1]
 
     def is_read(self, unit: int, *, backward: bool) -> bool:
         """Whether the forward, or the backward, of a unit reads its weights."""
@@ -172,7 +182,7 @@ def _spec(
         decay=parameter.ndim > 1 and leaf != "bias",
         counted=not is_copy and (split_dim is not None or mesh.tp.rank == 0),
         tied=None in (model.embedding, model.head) and not model.config.untie_embeddings and name == "embedding.tokens.weight",
-        is_copy=is_copy, unit=reader[0], readers=(reader,),
+        is_copy=is_copy, unit=reader[0], readers=(reader,), partial=leaf in getattr(module, "partial_gradients", ()),
     )  # fmt: skip
 
 
@@ -266,8 +276,9 @@ def _place(groups: Iterable[Group], multiple: int) -> tuple[list[Placement], lis
     buckets: list[Bucket] = []
     offset = 0
     for sharded, group in groups:
-        # Long runs of equal flags inside the bucket; the sort is stable, so the order is the same on every rank.
-        ordered = sorted(group, key=lambda spec: (not spec.decay, not spec.counted))
+        # Long runs of equal flags inside the bucket; the sort is stable, so the order is the same on every replica. Partial gradients
+        # stand last among those that decay and first among those that do not: one range, and no more runs than without it.
+        ordered = sorted(group, key=lambda spec: (not spec.decay, spec.partial == spec.decay, not spec.counted))
         start, segments, edges = offset, [], [0]
         for spec in ordered:
             placements.append(Placement(spec, offset, len(buckets)))
@@ -283,7 +294,9 @@ def _place(groups: Iterable[Group], multiple: int) -> tuple[list[Placement], lis
         gaps = tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
         readers = tuple(dict.fromkeys(reader for spec in group for reader in spec.readers))
         unit = min(spec.unit for spec in group)
-        buckets.append(Bucket(start, offset, unit, group[0].tied, tuple(segments), readers, sharded, gaps))
+        summed = [placement for placement in placements[-len(ordered) :] if placement.spec.partial]
+        partial = (summed[0].start - start, summed[-1].stop - start) if summed else (0, 0)
+        buckets.append(Bucket(start, offset, unit, group[0].tied, tuple(segments), readers, sharded, gaps, partial))
     return placements, buckets, offset
 
 

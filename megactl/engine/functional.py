@@ -37,6 +37,20 @@ class Handle(Protocol):
 StartReduce = Callable[[Tensor], Handle | None]
 
 
+class TokenShards(Protocol):
+    """How the tokens [b, s] lie over ranks that each hold some of them (sequence parallelism)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of this rank's tokens."""
+
+    def start_gather(self, x: Tensor) -> tuple[Tensor, Handle]:
+        """This rank's tokens to those of all ranks, [b, s, n], there once the handle is waited for."""
+
+    def start_scatter(self, x: Tensor) -> tuple[Tensor | None, Handle | None]:
+        """[b, s, n] summed over the ranks, this rank's tokens of it, there once the handle is waited for."""
+
+
 WeightWork = Callable[[], Tensor | None]
 
 
@@ -129,25 +143,73 @@ def bias_gradient(grad: Tensor, target: Tensor | None, accumulate: bool) -> Tens
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, accumulate: bool, deferred: WeightQueue | None, start_reduce: StartReduce | None, unread: bool):
+    def forward(ctx, x, weight, bias, accumulate, deferred, start_reduce, unread, gather, scatter):
+        # Of gathered tokens only this rank's are kept; backward gathers them again.
         ctx.save_for_backward(x, weight)
         ctx.targets = getattr(weight, "main_grad", None), getattr(bias, "main_grad", None)
         ctx.has_bias, ctx.accumulate, ctx.deferred, ctx.start_reduce = bias is not None, accumulate, deferred, start_reduce
+        ctx.gather, ctx.scatter = gather, scatter
         if unread:
-            return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
-        return torch.nn.functional.linear(x, weight, bias)
+            return x.new_zeros(()).expand(*(x.shape[:-1] if scatter is None else scatter.shape), weight.shape[0])
+        y = torch.nn.functional.linear(gathered(x, gather), weight, bias)
+        return y if scatter is None else arrived(*scatter.start_scatter(y))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        weight_target, bias_target = ctx.targets
-        grad_x, handle = _start_input_gradient(ctx, grad, weight)
-        works = [partial(weight_gradient, grad, x.detach(), weight_target, ctx.accumulate)]
-        works += [partial(bias_gradient, grad, bias_target, ctx.accumulate)] if ctx.has_bias else []
-        grad_weight, grad_bias = (*weight_work(ctx.deferred, *works), None)[:2]
-        if handle is not None:
-            handle.wait()
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        whole = gathered(grad, ctx.scatter)
+        # Put off, the weight gradient keeps this rank's tokens of the output gradient, and gathers them again.
+        late = partial(gathered, grad, ctx.scatter) if ctx.scatter is not None and ctx.deferred is not None else None
+        bias_work = partial(bias_gradient, whole, ctx.targets[1], ctx.accumulate) if ctx.has_bias else None
+        return *product_gradients(ctx, whole, x, weight, bias_work, late), *[None] * 6
+
+
+def product_gradients(
+    ctx, grad: Tensor, x: Tensor, weight: Tensor, bias_work: WeightWork | None, late_grad: Callable[[], Tensor] | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias from that of the product, [b, s, out].
+
+    The order is what hides communication: the tokens come together while the input gradient is computed, and its reduction travels
+    while the weight gradient is. `late_grad` gives the product's gradient to a weight gradient that is put off.
+    """
+    tokens = _start_tokens(x.detach(), ctx.gather, ctx.deferred)
+    grad_x, handle = _start_input_gradient(ctx, grad, weight)
+    if tokens is None and late_grad is None:
+        works = [partial(weight_gradient, grad, x.detach(), ctx.targets[0], ctx.accumulate)]
+    else:
+        grads, inputs = late_grad or partial(_same, grad), tokens or partial(_same, x.detach())
+        works = [partial(_late_weight_gradient, grads, inputs, ctx.targets[0], ctx.accumulate)]
+    works += [] if bias_work is None else [bias_work]
+    grad_weight, grad_bias = (*weight_work(ctx.deferred, *works), None)[:2]
+    if handle is not None:
+        handle.wait()
+    return grad_x, grad_weight, grad_bias
+
+
+def _start_tokens(x: Tensor, gather: TokenShards | None, deferred: WeightQueue | None) -> Callable[[], Tensor] | None:
+    """What gives the tokens of all ranks: on their way from here on, or gathered when a weight gradient that is put off wants them."""
+    if gather is None:
+        return None
+    return partial(gathered, x, gather) if deferred is not None else partial(arrived, *gather.start_gather(x))
+
+
+def _late_weight_gradient(grad: Callable[[], Tensor], x: Callable[[], Tensor], target: Tensor | None, accumulate: bool) -> Tensor | None:
+    return weight_gradient(grad(), x(), target, accumulate)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def arrived(tensor: Tensor, handle: Handle) -> Tensor:
+    """The tensor, once it is there."""
+    handle.wait()
+    return tensor
+
+
+def gathered(x: Tensor, tokens: TokenShards | None) -> Tensor:
+    """The tokens of all ranks where each has some of them; x itself where `tokens` is None."""
+    return x if tokens is None else arrived(*tokens.start_gather(x))
 
 
 def _start_input_gradient(ctx, grad: Tensor, weight: Tensor) -> tuple[Tensor | None, Handle | None]:
@@ -155,6 +217,8 @@ def _start_input_gradient(ctx, grad: Tensor, weight: Tensor) -> tuple[Tensor | N
     if not ctx.needs_input_grad[0]:
         return None, None
     grad_x = input_gradient(grad, weight)
+    if ctx.gather is not None:
+        return ctx.gather.start_scatter(grad_x)
     return grad_x, ctx.start_reduce(grad_x) if ctx.start_reduce else None
 
 
@@ -167,37 +231,35 @@ def linear(
     deferred: WeightQueue | None = None,
     start_reduce: StartReduce | None = None,
     unread: bool = False,
+    gather: TokenShards | None = None,
+    scatter: TokenShards | None = None,
 ) -> Tensor:
     """y = x @ weight.T + bias. `start_reduce` begins a reduction of the input gradient while the weight gradient is computed.
 
     unread: y is wanted for its backward alone, which reads x and weight; its values are zeros then, and the product is not computed.
+    gather: x is this rank's tokens, and y of all tokens. scatter: x is of all tokens, and y, summed over the ranks, this rank's
+    tokens; for a linear without bias, which would be summed too.
     """
-    return _Linear.apply(x, weight, bias, accumulate, deferred, start_reduce, unread)
+    assert scatter is None or bias is None
+    return _Linear.apply(x, weight, bias, accumulate, deferred, start_reduce, unread, gather, scatter)
 
 
 class _LinearGelu(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, approximate: str, accumulate: bool, deferred: WeightQueue | None, start_reduce: StartReduce | None):
-        product = torch.nn.functional.linear(x, weight)
+    def forward(ctx, x, weight, bias, approximate, accumulate, deferred, start_reduce, gather):
+        product = torch.nn.functional.linear(gathered(x, gather), weight)
         ctx.save_for_backward(x, weight, bias, product)
         ctx.targets = getattr(weight, "main_grad", None), getattr(bias, "main_grad", None)
         ctx.approximate, ctx.accumulate, ctx.deferred, ctx.start_reduce = approximate, accumulate, deferred, start_reduce
+        ctx.gather = gather
         return ops.bias_gelu_forward(product, bias, approximate)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, product = ctx.saved_tensors
-        weight_target, bias_target = ctx.targets
         grad, grad_bias = ops.bias_gelu_backward(grad, product, bias, ctx.approximate)
-        grad_x, handle = _start_input_gradient(ctx, grad, weight)
-        grad_weight, grad_bias = weight_work(
-            ctx.deferred,
-            partial(weight_gradient, grad, x.detach(), weight_target, ctx.accumulate),
-            partial(_put, bias_target, grad_bias, bias, ctx.accumulate),
-        )
-        if handle is not None:
-            handle.wait()
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        bias_work = partial(_put, ctx.targets[1], grad_bias, bias, ctx.accumulate)
+        return *product_gradients(ctx, grad, x, weight, bias_work), None, None, None, None, None
 
 
 def linear_gelu(
@@ -209,9 +271,13 @@ def linear_gelu(
     accumulate: bool = False,
     deferred: WeightQueue | None = None,
     start_reduce: StartReduce | None = None,
+    gather: TokenShards | None = None,
 ) -> Tensor:
-    """gelu(x @ weight.T + bias), `approximate` "tanh" or "none" (erf). Saved for backward: x and the product, not the activation."""
-    return _LinearGelu.apply(x, weight, bias, approximate, accumulate, deferred, start_reduce)
+    """gelu(x @ weight.T + bias), `approximate` "tanh" or "none" (erf). Saved for backward: x and the product, not the activation.
+
+    `start_reduce` and `gather` as in `linear`.
+    """
+    return _LinearGelu.apply(x, weight, bias, approximate, accumulate, deferred, start_reduce, gather)
 
 
 class _Bias(Function):

@@ -16,11 +16,12 @@ from torch.autograd import Function
 from megactl.engine import ops
 from megactl.engine.functional import (
     StartReduce,
+    TokenShards,
     WeightQueue,
     _put,
-    _start_input_gradient,
     bias_gradient,
-    weight_gradient,
+    gathered,
+    product_gradients,
     weight_work,
 )
 
@@ -39,28 +40,23 @@ def _vector(bias: Tensor | None) -> Tensor | None:
 
 class _LinearActivation(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, activation: Activation, accumulate: bool, deferred: WeightQueue | None, start_reduce):
-        product = torch.nn.functional.linear(x, _matrix(weight), _vector(bias))
+    def forward(ctx, x, weight, bias, activation: Activation, accumulate: bool, deferred: WeightQueue | None, start_reduce, gather):
+        product = torch.nn.functional.linear(gathered(x, gather), _matrix(weight), _vector(bias))
         ctx.save_for_backward(x, weight, product)
         ctx.targets = _matrix(getattr(weight, "main_grad", None)), _vector(getattr(bias, "main_grad", None))
         ctx.bias_shape, ctx.slope = None if bias is None else bias.shape, activation[1]
-        ctx.accumulate, ctx.deferred, ctx.start_reduce = accumulate, deferred, start_reduce
+        ctx.accumulate, ctx.deferred, ctx.start_reduce, ctx.gather = accumulate, deferred, start_reduce, gather
         return activation[0](product)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, product = ctx.saved_tensors
-        weight_target, bias_target = ctx.targets
         grad = ctx.slope(grad, product)
-        grad_x, handle = _start_input_gradient(ctx, grad, _matrix(weight))
-        works = [partial(weight_gradient, grad, x, weight_target, ctx.accumulate)]
-        works += [partial(bias_gradient, grad, bias_target, ctx.accumulate)] if ctx.bias_shape is not None else []
-        grad_weight, grad_bias = (*weight_work(ctx.deferred, *works), None)[:2]
-        if handle is not None:
-            handle.wait()
+        bias_work = None if ctx.bias_shape is None else partial(bias_gradient, grad, ctx.targets[1], ctx.accumulate)
+        grad_x, grad_weight, grad_bias = product_gradients(ctx, grad, x, _matrix(weight), bias_work)
         grad_weight = None if grad_weight is None else grad_weight.view(weight.shape)
         grad_bias = None if grad_bias is None else grad_bias.view(ctx.bias_shape)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        return grad_x, grad_weight, grad_bias, *[None] * 5
 
 
 def linear_swiglu(
@@ -71,12 +67,13 @@ def linear_swiglu(
     accumulate: bool = False,
     deferred: WeightQueue | None = None,
     start_reduce: StartReduce | None = None,
+    gather: TokenShards | None = None,
 ) -> Tensor:
     """silu(x @ weight[0].T + bias[0]) * (x @ weight[1].T + bias[1]), weight [2, f, in], bias [2, f], in one matrix multiply.
 
     Saved for backward: x, gate and up, not the activation.
     """
-    return _LinearActivation.apply(x, weight, bias, (ops.swiglu, ops.swiglu_backward), accumulate, deferred, start_reduce)
+    return _LinearActivation.apply(x, weight, bias, (ops.swiglu, ops.swiglu_backward), accumulate, deferred, start_reduce, gather)
 
 
 def linear_plain_gelu(
@@ -87,11 +84,12 @@ def linear_plain_gelu(
     accumulate: bool = False,
     deferred: WeightQueue | None = None,
     start_reduce: StartReduce | None = None,
+    gather: TokenShards | None = None,
 ) -> Tensor:
     """gelu(x @ weight.T) of a linear without bias. Without a bias to add, torch's own GELU is one pass over memory as well."""
     gelu = partial(torch.nn.functional.gelu, approximate=approximate)
     slope = partial(torch.ops.aten.gelu_backward, approximate=approximate)
-    return _LinearActivation.apply(x, weight, None, (gelu, slope), accumulate, deferred, start_reduce)
+    return _LinearActivation.apply(x, weight, None, (gelu, slope), accumulate, deferred, start_reduce, gather)
 
 
 class _RmsNorm(Function):

@@ -25,6 +25,7 @@ from megactl.engine.flat import FlatParameters, Placement, Sharing
 from megactl.engine.gather import DeviceShard, WeightGatherer
 from megactl.engine.mesh import Mesh, stage_ranks
 from megactl.engine.models import MODELS
+from megactl.engine.sequence_parallel import mark_partial_gradients
 from megactl.engine.sharded_gradients import ShardedReducer
 from megactl.engine.tensor_parallel import apply_tensor_parallel
 from megactl.engine.tiles import apply_tiles
@@ -96,10 +97,10 @@ def _gatherer(units: list[Unit], optimizer: ShardedOptimizer, prefetch: int) -> 
 
 
 def _reducer(model: nn.Module, optimizer: ShardedOptimizer, overlap: bool) -> GradientReducer | ShardedReducer:
-    replicas, flat = optimizer.mesh.replicas, optimizer.flat
+    mesh, flat = optimizer.mesh, optimizer.flat
     if flat.grad_buffers:
-        return ShardedReducer(flat, [state.grad for state in optimizer.states], replicas, overlap=overlap)
-    return GradientReducer(model, flat, replicas, zero=optimizer.zero, overlap=overlap)
+        return ShardedReducer(flat, [state.grad for state in optimizer.states], mesh, overlap=overlap)
+    return GradientReducer(model, flat, mesh, zero=optimizer.zero, overlap=overlap)
 
 
 def _watch(part: Part, units: list[Unit]) -> None:
@@ -118,9 +119,11 @@ def build_stage(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> nn
             run.model, layers=layers, first=virtual_stage == 0, last=virtual_stage == num_stages - 1,
             vocab_rows=padded_vocab(run.model.vocab_size, mesh.tp.size),
         )  # fmt: skip
-        apply_tensor_parallel(model, mesh.tp)
+        apply_tensor_parallel(model, mesh.tp, sequence_parallel=run.parallel.sequence_parallel)
         apply_context_parallel(model, mesh, run.parallel.context_method)
         apply_tiles(model, run.parallel.tile)
+        if run.parallel.sequence_parallel:
+            mark_partial_gradients(model)
     return model
 
 

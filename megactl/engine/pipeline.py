@@ -64,10 +64,9 @@ class StepInputs:
 class PipelineExecutor:
     """Runs steps of one rank over its parts (stages). `recorder`: where set, it is told when each computation ran."""
 
-    def __init__(self, parts: Sequence[Part], mesh: Mesh, *, hidden_size: int, dtype: torch.dtype, scatter_gather: bool = True) -> None:
+    def __init__(self, parts: Sequence[Part], mesh: Mesh, *, boundary: Boundary) -> None:
         self.parts = {part.virtual_stage: part for part in parts}
-        self.mesh, self.dtype = mesh, dtype
-        self.boundary = Boundary(mesh.tp, hidden_size=hidden_size, dtype=dtype, device=mesh.device, scatter_gather=scatter_gather)
+        self.mesh, self.dtype, self.boundary = mesh, boundary.dtype, boundary
         self.recorder: Recorder | None = None
 
     def run(self, schedule: LoweredSchedule, inputs: StepInputs) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,9 @@ bucket is reduce-scattered over the replicas (in fp32) and this rank's slice goe
 ones are added. Then the memory is given back. A bucket travels while the next is filled, so two of them are there at a time. A weight
 that several units read (a tied one on a single stage) has a bucket of its own, which lives from the first of them to the last.
 
+Under sequence parallelism what all tensor-parallel ranks hold whole has on each the gradients of its own tokens. A shard's part of it
+is summed over these ranks at the end of the step: once, and a d-th of what it would be before the reduction.
+
 The price of accumulation: every micro-batch sends its gradients, where ZeRO 1 sends the sum of all, once.
 """
 
@@ -16,10 +19,10 @@ from functools import partial
 
 from torch import Tensor, empty_like
 
-from megactl.engine.collectives import reduce_scatter
+from megactl.engine.collectives import all_reduce, reduce_scatter
 from megactl.engine.flat import FlatParameters
 from megactl.engine.functional import WeightQueue
-from megactl.engine.mesh import Axis
+from megactl.engine.mesh import Mesh
 
 
 class ShardedReducer:
@@ -28,8 +31,8 @@ class ShardedReducer:
     # Each backward fills empty buckets, also the later ones of a step.
     accumulates = False
 
-    def __init__(self, flat: FlatParameters, shards: Sequence[Tensor], replicas: Axis, *, overlap: bool) -> None:
-        self.flat, self.shards, self.replicas, self.overlap = flat, shards, replicas, overlap
+    def __init__(self, flat: FlatParameters, shards: Sequence[Tensor], mesh: Mesh, *, overlap: bool) -> None:
+        self.flat, self.shards, self.replicas, self.tp, self.overlap = flat, shards, mesh.replicas, mesh.tp, overlap
         self._deferred: WeightQueue | None = None
         self._filling: list[int] = []
         self._begun: set[int] = set()
@@ -67,6 +70,18 @@ class ShardedReducer:
         """Return once every shard holds its sum, ready for the next step."""
         self._arrive()
         self._begun.clear()
+        self._sum_tokens()
+
+    def _sum_tokens(self) -> None:
+        """Sum over tensor-parallel ranks what each has from its own tokens; they hold the same slices."""
+        works = []
+        for bucket, shard in zip(self.flat.buckets, self.shards, strict=True):
+            first = bucket.shard(self.replicas.rank, self.replicas.size)[0] - bucket.start
+            low, high = (min(max(edge - first, 0), shard.numel()) for edge in bucket.partial)
+            if low < high:
+                works.append(all_reduce(shard[low:high], self.tp.group, async_op=True))
+        for work in works:
+            work.wait()
 
     def _in_turn(self, work: Callable[[], None]) -> None:
         if self._deferred is None:

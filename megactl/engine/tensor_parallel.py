@@ -5,7 +5,8 @@
     vocab    embedding and head cut by vocabulary rows; the cross entropy works on shards and never gathers logits.
 
 A block is column, (heads, GELU or SwiGLU on the shard), row: one all-reduce forward and one backward. The backward one runs while
-the weight gradient is computed.
+the weight gradient is computed. With sequence parallelism the two are a gather before and a reduce-scatter behind
+(`sequence_parallel.py`), and x and y in the shapes below are this rank's tokens, [1, b s / tp, .].
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megactl.engine import functional, functional_llama
 from megactl.engine.collectives import all_reduce
 from megactl.engine.mesh import Axis
 from megactl.engine.models.layers import CoreAttention, Linear, MicroBatch, VocabEmbedding, VocabHead
+from megactl.engine.sequence_parallel import RankTokens, rank_form, scatter_sum
 
 
 class _SumForward(Function):
@@ -45,12 +47,17 @@ def _shard(parameter: nn.Parameter, dim: int, size: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, device=parameter.device, dtype=parameter.dtype))
 
 
+def _input_options(tp: Axis, sequence_parallel: bool, micro_batch: MicroBatch, start_reduce: functional.StartReduce) -> dict[str, object]:
+    """How a product gets its input and gives the gradient of it back: keyword arguments of the linear functions."""
+    return {"gather": RankTokens.of(micro_batch, tp)} if sequence_parallel else {"start_reduce": start_reduce}
+
+
 class ColumnParallelLinear(nn.Module):
     """This rank's outputs of a `Linear`."""
 
-    def __init__(self, whole: Linear, tp: Axis) -> None:
+    def __init__(self, whole: Linear, tp: Axis, sequence_parallel: bool = False) -> None:
         super().__init__()
-        self.tp, self.initial = tp, whole.initial
+        self.tp, self.sequence_parallel, self.initial = tp, sequence_parallel, whole.initial
         # Of SwiGLU's [2, out, in] each rank takes the same outputs of both.
         outputs = whole.weight.ndim - 2
         self.weight = _shard(whole.weight, outputs, tp.size)
@@ -59,21 +66,21 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, in], the same on every rank, to [b, s, out / tp]."""
-        return functional.linear(x, self.weight, self.bias, start_reduce=self._start_reduce, **micro_batch.weight_options())
+        return functional.linear(x, self.weight, self.bias, **self._input(micro_batch), **micro_batch.weight_options())
 
     def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str) -> Tensor:
         """This rank's part of `Linear.gelu`."""
+        options = self._input(micro_batch) | micro_batch.weight_options()
         if self.bias is None:
-            return functional_llama.linear_plain_gelu(
-                x, self.weight, approximate, start_reduce=self._start_reduce, **micro_batch.weight_options()
-            )
-        return functional.linear_gelu(
-            x, self.weight, self.bias, approximate, start_reduce=self._start_reduce, **micro_batch.weight_options()
-        )
+            return functional_llama.linear_plain_gelu(x, self.weight, approximate, **options)
+        return functional.linear_gelu(x, self.weight, self.bias, approximate, **options)
+
+    def _input(self, micro_batch: MicroBatch) -> dict[str, object]:
+        return _input_options(self.tp, self.sequence_parallel, micro_batch, self._start_reduce)
 
     def swiglu(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """This rank's part of `Linear.swiglu`."""
-        return functional_llama.linear_swiglu(x, self.weight, self.bias, start_reduce=self._start_reduce, **micro_batch.weight_options())
+        return functional_llama.linear_swiglu(x, self.weight, self.bias, **self._input(micro_batch), **micro_batch.weight_options())
 
     def _start_reduce(self, grad: Tensor) -> functional.Handle | None:
         return all_reduce(grad, self.tp.group, async_op=True)
@@ -82,17 +89,21 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """This rank's inputs of a `Linear`. The bias is whole on every rank and added once, after the sum."""
 
-    def __init__(self, whole: Linear, tp: Axis) -> None:
+    def __init__(self, whole: Linear, tp: Axis, sequence_parallel: bool = False) -> None:
         super().__init__()
-        self.tp, self.initial = tp, whole.initial
+        self.tp, self.sequence_parallel, self.initial = tp, sequence_parallel, whole.initial
         self.weight, self.bias = _shard(whole.weight, 1, tp.size), whole.bias
         self.split_dim = {"weight": 1}
 
     def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False) -> Tensor:
         """x [b, s, in / tp] to [b, s, out], the same on every rank; `unread` (see `functional.linear`) spares the sum as well."""
-        y = functional.linear(x, self.weight, **micro_batch.weight_options(), unread=unread)
-        y = y if unread else sum_forward(y, self.tp)
-        return y if self.bias is None else functional.add_bias(y, self.bias, **micro_batch.weight_options())
+        options = micro_batch.weight_options()
+        if self.sequence_parallel:
+            y = functional.linear(x, self.weight, scatter=RankTokens.of(micro_batch, self.tp), unread=unread, **options)
+        else:
+            y = functional.linear(x, self.weight, unread=unread, **options)
+            y = y if unread else sum_forward(y, self.tp)
+        return y if self.bias is None else functional.add_bias(y, self.bias, **options)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -100,17 +111,18 @@ class VocabParallelEmbedding(nn.Module):
 
     is_table = True
 
-    def __init__(self, whole: VocabEmbedding, tp: Axis) -> None:
+    def __init__(self, whole: VocabEmbedding, tp: Axis, sequence_parallel: bool = False) -> None:
         super().__init__()
-        self.tp, self.initial, self.add_to_head, self.vocab_size = tp, whole.initial, whole.add_to_head, whole.vocab_size
+        self.tp, self.sequence_parallel, self.initial = tp, sequence_parallel, whole.initial
+        self.add_to_head, self.vocab_size = whole.add_to_head, whole.vocab_size
         self.weight = _shard(whole.weight, 0, tp.size)
         self.first_row = tp.rank * self.weight.shape[0]
         self.split_dim = {"weight": 0}
 
     def forward(self, tokens: Tensor, micro_batch: MicroBatch) -> Tensor:
         """tokens [b, s] to [b, s, h]: each id is held by one rank, the others add zeros."""
-        options = micro_batch.weight_options(self.add_to_head)
-        return sum_forward(functional.embedding(tokens, self.weight, first_row=self.first_row, **options), self.tp)
+        y = functional.embedding(tokens, self.weight, first_row=self.first_row, **micro_batch.weight_options(self.add_to_head))
+        return scatter_sum(y, RankTokens.of(micro_batch, self.tp)) if self.sequence_parallel else sum_forward(y, self.tp)
 
 
 class _VocabReduce:
@@ -129,9 +141,10 @@ class _VocabReduce:
 class VocabParallelHead(nn.Module):
     """This rank's columns of the logits, and the cross entropy over them."""
 
-    def __init__(self, whole: VocabHead, weight: nn.Parameter, tp: Axis) -> None:
+    def __init__(self, whole: VocabHead, weight: nn.Parameter, tp: Axis, sequence_parallel: bool = False) -> None:
         super().__init__()
-        self.tp, self.initial, self.weight, self.vocab_size = tp, whole.initial, weight, whole.vocab_size
+        self.tp, self.sequence_parallel, self.initial = tp, sequence_parallel, whole.initial
+        self.weight, self.vocab_size = weight, whole.vocab_size
         self.bias = None if whole.bias is None else _shard(whole.bias, 0, tp.size)
         self.first_row = tp.rank * weight.shape[0]
         self.num_rows = max(0, min(weight.shape[0], whole.vocab_size - self.first_row))
@@ -139,7 +152,8 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to this rank's logits [b, s, rows / tp]."""
-        return functional.linear(x, self.weight, self.bias, start_reduce=self._start_reduce, **micro_batch.weight_options())
+        shared = _input_options(self.tp, self.sequence_parallel, micro_batch, self._start_reduce)
+        return functional.linear(x, self.weight, self.bias, **shared, **micro_batch.weight_options())
 
     def _start_reduce(self, grad: Tensor) -> functional.Handle | None:
         return all_reduce(grad, self.tp.group, async_op=True)
@@ -151,8 +165,11 @@ class VocabParallelHead(nn.Module):
         return functional.cross_entropy_sum(logits, labels, mask, **rows, reduce=_VocabReduce(self.tp), overwrite=overwrite)
 
 
-def apply_tensor_parallel(model: nn.Module, tp: Axis) -> None:
-    """Replace each module that names a `split` by this rank's shard of it. The weights are not read: they get their values later."""
+def apply_tensor_parallel(model: nn.Module, tp: Axis, *, sequence_parallel: bool = False) -> None:
+    """Replace each module that names a `split` by this rank's shard of it. The weights are not read: they get their values later.
+
+    sequence_parallel: and each module that has to know which tokens it works on by one for this rank's.
+    """
     if tp.size == 1:
         return
     sharded: dict[int, nn.Parameter] = {}
@@ -160,21 +177,23 @@ def apply_tensor_parallel(model: nn.Module, tp: Axis) -> None:
         if isinstance(module, CoreAttention):
             module.first_head = tp.rank * (module.num_heads // tp.size)
             continue
-        replacement = _parallel_form(module, tp, sharded)
+        replacement = _parallel_form(module, tp, sharded, sequence_parallel)
+        if replacement is None and sequence_parallel:
+            replacement = rank_form(module, tp)
         if replacement is not None:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, replacement)
 
 
-def _parallel_form(module: nn.Module, tp: Axis, sharded: dict[int, nn.Parameter]) -> nn.Module | None:
+def _parallel_form(module: nn.Module, tp: Axis, sharded: dict[int, nn.Parameter], sequence_parallel: bool) -> nn.Module | None:
     """`sharded` maps a whole vocabulary weight to its shard, so that a tied head keeps sharing it."""
-    if isinstance(module, Linear):
-        return {"column": ColumnParallelLinear, "row": RowParallelLinear}[module.split](module, tp) if module.split else None
+    if isinstance(module, Linear) and module.split is not None:
+        return {"column": ColumnParallelLinear, "row": RowParallelLinear}[module.split](module, tp, sequence_parallel)
     if isinstance(module, VocabEmbedding):
-        made = VocabParallelEmbedding(module, tp)
+        made = VocabParallelEmbedding(module, tp, sequence_parallel)
         sharded[id(module.weight)] = made.weight
         return made
     if isinstance(module, VocabHead):
         tied = sharded.get(id(module.weight))
-        return VocabParallelHead(module, _shard(module.weight, 0, tp.size) if tied is None else tied, tp)
+        return VocabParallelHead(module, _shard(module.weight, 0, tp.size) if tied is None else tied, tp, sequence_parallel)
     return None

@@ -5,7 +5,8 @@
 
 With ZeRO 3 a tile is a unit of its own, so that no more than one tile (and what is prefetched) is gathered at a time. A tile is a
 rectangle of the whole matrix, by whose name it is known: initial values and checkpoints are those of one linear. Tiling comes after
-tensor parallelism and divides a rank's shard.
+tensor parallelism and divides a rank's shard. Under sequence parallelism all tiles of a matrix share one gather of their tokens and
+one reduce-scatter, as the matrix would have done.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from megactl.engine import functional
+from megactl.engine import functional, functional_llama
 from megactl.engine.collectives import all_reduce
 from megactl.engine.mesh import Axis
 from megactl.engine.models.layers import Linear, MicroBatch
 from megactl.engine.models.transformer import Block
+from megactl.engine.sequence_parallel import RankTokens, TogetherTokens, scatter_sum
 from megactl.engine.tensor_parallel import ColumnParallelLinear, RowParallelLinear, sum_forward
 
 
@@ -40,6 +42,21 @@ class Tile(Linear):
         self.weight = _part(whole.weight, dim, count)
         self.bias = _part(whole.bias, dim, count) if by_outputs and whole.bias is not None else None
 
+    def forward(self, x: Tensor, micro_batch: MicroBatch, *, unread: bool = False, gather: functional.TokenShards | None = None) -> Tensor:
+        """See `Linear.forward`; `gather` as in `functional.linear`."""
+        return functional.linear(x, self.weight, self.bias, unread=unread, gather=gather, **micro_batch.weight_options())
+
+    def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str, *, gather: functional.TokenShards | None = None) -> Tensor:
+        """See `Linear.gelu`."""
+        options = micro_batch.weight_options()
+        if self.bias is None:
+            return functional_llama.linear_plain_gelu(x, self.weight, approximate, gather=gather, **options)
+        return functional.linear_gelu(x, self.weight, self.bias, approximate, gather=gather, **options)
+
+    def swiglu(self, x: Tensor, micro_batch: MicroBatch, *, gather: functional.TokenShards | None = None) -> Tensor:
+        """See `Linear.swiglu`."""
+        return functional_llama.linear_swiglu(x, self.weight, self.bias, gather=gather, **micro_batch.weight_options())
+
 
 def _part(whole: nn.Parameter, dim: int, count: int) -> nn.Parameter:
     shape = [size // count if axis == dim else size for axis, size in enumerate(whole.shape)]
@@ -52,27 +69,33 @@ class TiledColumn(nn.Module):
     def __init__(self, whole: nn.Module, count: int) -> None:
         super().__init__()
         self.tp: Axis | None = getattr(whole, "tp", None)
+        self.sequence_parallel = getattr(whole, "sequence_parallel", False)
         # Of SwiGLU's [2, out, in] each tile takes the same outputs of both.
         outputs = whole.weight.ndim - 2
         self.tiles = nn.ModuleList(Tile(whole, index, count, outputs) for index in range(count))
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, in] to [b, s, out], or this rank's outputs."""
-        x = self._entered(x)
-        return torch.cat([tile(x, micro_batch) for tile in self.tiles], -1)
+        x, gather = self._entered(x, micro_batch)
+        return torch.cat([tile(x, micro_batch, gather=gather) for tile in self.tiles], -1)
 
     def gelu(self, x: Tensor, micro_batch: MicroBatch, approximate: str) -> Tensor:
         """GELU of `forward`."""
-        x = self._entered(x)
-        return torch.cat([tile.gelu(x, micro_batch, approximate) for tile in self.tiles], -1)
+        x, gather = self._entered(x, micro_batch)
+        return torch.cat([tile.gelu(x, micro_batch, approximate, gather=gather) for tile in self.tiles], -1)
 
     def swiglu(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """`Linear.swiglu`, some of its outputs in each tile."""
-        x = self._entered(x)
-        return torch.cat([tile.swiglu(x, micro_batch) for tile in self.tiles], -1)
+        x, gather = self._entered(x, micro_batch)
+        return torch.cat([tile.swiglu(x, micro_batch, gather=gather) for tile in self.tiles], -1)
 
-    def _entered(self, x: Tensor) -> Tensor:
-        return x if self.tp is None else _SumBackward.apply(x, self.tp.group)
+    def _entered(self, x: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, functional.TokenShards | None]:
+        """(what the tiles read, how they gather it)."""
+        if self.tp is None:
+            return x, None
+        if self.sequence_parallel:
+            return x, TogetherTokens(RankTokens.of(micro_batch, self.tp), len(self.tiles))
+        return _SumBackward.apply(x, self.tp.group), None
 
 
 class TiledRow(nn.Module):
@@ -81,6 +104,7 @@ class TiledRow(nn.Module):
     def __init__(self, whole: nn.Module, count: int) -> None:
         super().__init__()
         self.tp: Axis | None = getattr(whole, "tp", None)
+        self.sequence_parallel = getattr(whole, "sequence_parallel", False)
         self.initial, self.bias = whole.initial, whole.bias
         self.tiles = nn.ModuleList(Tile(whole, index, count, 1) for index in range(count))
 
@@ -91,7 +115,10 @@ class TiledRow(nn.Module):
         y = self.tiles[0](parts[0], micro_batch, unread=unread)
         for tile, part in zip(self.tiles[1:], parts[1:], strict=True):
             y = y + tile(part, micro_batch, unread=unread)
-        y = y if self.tp is None or unread else sum_forward(y, self.tp)
+        if self.sequence_parallel:
+            y = scatter_sum(y, RankTokens.of(micro_batch, self.tp), unread=unread)
+        elif self.tp is not None and not unread:
+            y = sum_forward(y, self.tp)
         return y if self.bias is None else functional.add_bias(y, self.bias, **micro_batch.weight_options())
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megactl.config.schema import Run
+from megactl.engine.boundary import Boundary
 from megactl.engine.collectives import all_reduce
 from megactl.engine.context_parallel import SequenceShard
 from megactl.engine.data.batch import Batch
@@ -60,9 +61,11 @@ class TrainingStep:
         self.parts = build_parts(run, mesh)
         self.shard = SequenceShard.of(run, mesh)
         self.stage_ranks = stage_ranks(run.parallel)
-        self.executor = PipelineExecutor(
-            self.parts, mesh, hidden_size=run.model.hidden_size, dtype=compute_dtype(run), scatter_gather=run.parallel.scatter_gather
-        )
+        boundary = Boundary(
+            mesh.tp, hidden_size=run.model.hidden_size, dtype=compute_dtype(run), device=mesh.device,
+            scatter_gather=run.parallel.scatter_gather, sequence_parallel=run.parallel.sequence_parallel,
+        )  # fmt: skip
+        self.executor = PipelineExecutor(self.parts, mesh, boundary=boundary)
         self._schedules: dict[tuple[str, int], LoweredSchedule] = {}
         self.loss_scale = LossScale(run.training, mesh.device)
         self._normaliser = self._scalar(1.0, torch.float64)

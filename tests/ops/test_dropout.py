@@ -85,6 +85,18 @@ def test_every_layout_keeps_the_same_elements(backend):
             assert torch.equal(part, whole[samples, positions])
 
 
+def test_a_range_of_rows_keeps_the_same_elements_across_samples(backend):
+    """Sequence parallelism cuts the flattened [batch, positions] anywhere, also where a cut or a whole sample lies inside."""
+    x, residual = torch.randn(5, 8, 10), torch.randn(5, 8, 10)
+    whole = ops.dropout_add(x, residual, 0.25, rng(first_sample=12), 9).view(40, 10)
+    for first, stop in ((0, 10), (10, 20), (13, 31), (20, 40), (39, 40)):
+        part, added = (tensor.view(1, 40, 10)[:, first:stop].clone().requires_grad_() for tensor in (x, residual))
+        y = ops.dropout_add(part, added, 0.25, rng(first_sample=12), 9, first, 8)
+        assert torch.equal(y[0], whole[first:stop])
+        y.sum().backward()
+        assert torch.equal(part.grad[0] != 0, whole[first:stop] != residual.view(40, 10)[first:stop])
+
+
 def test_share_kept_and_independence(backend):
     x = torch.ones(4, 100, 500)
     masks = [ops.dropout_add(x, None, 0.2, rng(step=step), site) != 0 for step, site in ((1, 1), (1, 2), (2, 1))]
@@ -200,6 +212,8 @@ def test_compiled_checks_hold_without_the_python_face(compiled):
     x, op = torch.randn(2, 3, 4), torch.ops.megactl.dropout_add
     with pytest.raises(RuntimeError, match="outer"):
         op(x, None, 0.5, rng(), 0, 2, 4)
+    with pytest.raises(RuntimeError, match="outer"):
+        op(x[:1], None, 0.5, rng(), 0, -1, 4)
     with pytest.raises(RuntimeError, match="elements"):
         op(x, torch.randn(2, 3, 3), 0.5, rng(), 0, 0, 0)
     with pytest.raises(RuntimeError, match="seed, step"):

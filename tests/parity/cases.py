@@ -41,7 +41,8 @@ class Case:
     falls at the first overflow after that; None for no scaling.
     `steps`: how many, with the rates in turn. `threshold`, `prefetch`, `split_layers`, `tile`: of ZeRO 3. `vpp`: stages a rank, of one
     layer or more; `split`: the layers of each stage, or what counts as one; `scatter`: scatter-gather. `layers`: None for as many as
-    show everything in the layout. `positions` to `bias`: what Llama-shaped models have otherwise.
+    show everything in the layout. `positions` to `bias`: what Llama-shaped models have otherwise. `micro_batch`: sequences in one.
+    `sp`: sequence parallelism.
     """
 
     tp: int = 1
@@ -89,6 +90,8 @@ class Case:
     bias: bool = True
     cp: int = 1
     cp_method: str = "ring"
+    micro_batch: int = MICRO_BATCH
+    sp: bool = False
 
     @property
     def world_size(self) -> int:
@@ -105,7 +108,7 @@ class Case:
         """The steps to do."""
         counts = (1, self.micro_batches, self.micro_batches + 1) if self.ramp else (self.micro_batches,) * self.steps
         rates = tuple(itertools.islice(itertools.cycle(RATES), self.steps))
-        return Plan(rates, tuple(MICRO_BATCH * self.dp * count for count in counts), frozenset({2} if self.overflow else ()))
+        return Plan(rates, tuple(self.micro_batch * self.dp * count for count in counts), frozenset({2} if self.overflow else ()))
 
     def run(self) -> Run:
         """The resolved configuration."""
@@ -116,10 +119,10 @@ class Case:
                 bucket_size=self.bucket, overlap_grad_reduce=self.overlap, persistence_threshold=self._threshold(),
                 zero_prefetch=self.prefetch, split_layers=self.split_layers, tile=self.tile, virtual_pipeline=self.vpp,
                 scatter_gather=self.scatter, pipeline_split=self.split,
-                context_parallel=self.cp, context_method=self.cp_method,
+                context_parallel=self.cp, context_method=self.cp_method, sequence_parallel=self.sp,
             ),
             training=Training(
-                micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
+                micro_batch_size=self.micro_batch, global_batch_size=self.micro_batch * self.micro_batches * self.dp, seq_length=SEQ_LENGTH,
                 precision=self.precision, device="cpu", seed=self.seed, **self._loss_scale(),
             ),
             memory=Memory(

@@ -26,6 +26,7 @@ from parity.faults import Mutation, changed, no_gather, nothing, patched
 from parity.mutations_context import CONTEXT
 from parity.mutations_llama import LLAMA
 from parity.mutations_pipeline import PIPELINE
+from parity.mutations_sequence import SEQUENCE
 from parity.mutations_zero import ZERO
 
 
@@ -38,8 +39,8 @@ def _mean_over_replicas(original: Callable) -> Callable:
 
 
 def _head_zero(original: Callable) -> Callable:
-    def mutated(model, tp):
-        original(model, tp)
+    def mutated(model, tp, **options):
+        original(model, tp, **options)
         for module in model.modules():
             if hasattr(module, "first_head"):
                 module.first_head = 0
@@ -156,13 +157,13 @@ def _sentence_head_counted(original: Callable) -> Callable:
 def _summed_whole_linears(original: Callable) -> Callable:
     """Layers that every rank holds whole, with the reduction of the input gradient that divided ones need."""
 
-    def mutated(module, tp, sharded):
+    def mutated(module, tp, *rest):
         if isinstance(module, Linear) and module.split is None:
             module.forward = lambda x, micro_batch: functional.linear(
                 x, module.weight, module.bias, accumulate=micro_batch.accumulate,
                 start_reduce=lambda grad: all_reduce(grad, tp.group, async_op=True),
             )  # fmt: skip
-        return original(module, tp, sharded)
+        return original(module, tp, *rest)
 
     return mutated
 
@@ -262,4 +263,4 @@ _BERT_MUTATIONS = {
 }
 
 _FOR_BERT = {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
-MUTATIONS = _GPT_MUTATIONS | PIPELINE | ZERO | LLAMA | CONTEXT | _FOR_BERT
+MUTATIONS = _GPT_MUTATIONS | PIPELINE | ZERO | LLAMA | CONTEXT | SEQUENCE | _FOR_BERT

@@ -106,6 +106,7 @@ CASES = [
     Case(dp=2, zero=1, bucket=1, precision="bf16"),
     Case(tp=2, pp=2, dp=2, zero=1, dropout=0.1, documents="reset"),
     Case(tp=2, pp=2, vpp=2, micro_batches=2, documents="reset"),
+    Case(tp=2, dp=2, zero=1, dropout=0.1, bucket=1, sp=True),
     Case(pp=2, dp=2, zero=1, schedule="zb-v", micro_batches=3, bucket=1),
     Case(tp=2, documents="reset", positions="rope", normalization="rmsnorm", activation="swiglu", kv_heads=4, bias=False),
     Case(cp=2, dropout=0.1, documents="reset"),

@@ -51,8 +51,9 @@ DropoutShape checked_dropout(const Tensor& x, const std::optional<Tensor>& resid
     MEGACTL_CHECK(rng.scalar_type() == ScalarType::Long && rng.numel() == 3, "rng must be int64 [3]: seed, step, first sample");
     MEGACTL_CHECK(rng.device() == x.device(), "rng must lie on the device of x");
     const int64_t whole = outer_size > 0 ? outer_size : x.size(1);
-    MEGACTL_CHECK(outer_offset >= 0 && outer_offset + x.size(1) <= whole, "outer positions [", outer_offset, ", ", outer_offset + x.size(1),
-                    ") leave the outer size ", whole);
+    // A batch of one may run on into the next samples: a range of the flattened [batch, outer] has consecutive elements wherever it is cut.
+    MEGACTL_CHECK(outer_offset >= 0 && (x.size(0) == 1 || outer_offset + x.size(1) <= whole), "outer positions [", outer_offset, ", ",
+                    outer_offset + x.size(1), ") leave the outer size ", whole);
     const int64_t samples = x.size(0) * x.size(1);
     return {x.size(0), x.size(1), samples ? x.numel() / samples : 0, outer_offset, whole};
 }

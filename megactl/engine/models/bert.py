@@ -17,6 +17,7 @@ from megactl.engine.models.layers import (
     GELU,
     IGNORED_LABEL,
     Dropout,
+    FirstToken,
     Linear,
     MicroBatch,
     Targets,
@@ -57,15 +58,19 @@ class Embedding(nn.Module):
 class SentenceHead(nn.Module):
     """The first position's vector to two classes."""
 
+    # Its weights see one vector a sequence, on every rank that has the head, however tokens are divided.
+    of_sequences = True
+
     def __init__(self, config: Model) -> None:
         super().__init__()
         hidden, std = config.hidden_size, config.init_std
+        self.first = FirstToken()
         self.pooler = Linear(hidden, hidden, split=None, std=std)
         self.classifier = Linear(hidden, SENTENCE_CLASSES, split=None, std=std)
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, 2]."""
-        return self.classifier(torch.tanh(self.pooler(x[:, 0], micro_batch)), micro_batch)
+        return self.classifier(torch.tanh(self.pooler(self.first(x, micro_batch), micro_batch)), micro_batch)
 
 
 class PretrainingHead(nn.Module):

@@ -211,6 +211,14 @@ class VocabHead(nn.Module):
         return functional.cross_entropy_sum(logits, labels, mask, num_rows=self.vocab_size, overwrite=overwrite)
 
 
+class FirstToken(nn.Module):
+    """The first token of each sequence; a module, so that it can be another where a rank has not all tokens."""
+
+    def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """x [b, s, h] to [b, h]."""
+        return x[:, 0]
+
+
 class Dropout(nn.Module):
     """Dropout added to a residual, drawn from (seed, step, element): `site` tells the dropouts of a model apart."""
 
@@ -294,9 +302,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """x [b, s, h] to [b, s, h], before dropout."""
-        b, s, _ = x.shape
+        qkv = self.qkv(x, micro_batch)
+        # Of the product, not of x: a linear that is divided over ranks may get x with the tokens divided over them.
+        b, s, _ = qkv.shape
         # Groups at hand = columns at hand / (heads_a_group + 2) d.
-        qkv = self.qkv(x, micro_batch).view(b, s, -1, self.heads_a_group + 2, self.head_dim)
+        qkv = qkv.view(b, s, -1, self.heads_a_group + 2, self.head_dim)
         q, k, v = (part.transpose(1, 2) for part in self._apart(qkv, micro_batch))
         y = self.core(q, k, v, micro_batch)
         return self.output(y.transpose(1, 2).reshape(b, s, -1), micro_batch)

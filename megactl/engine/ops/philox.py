@@ -77,7 +77,8 @@ def dropout_add(
 ) -> Tensor:
     """residual + dropout(x), or dropout(x) where `residual` is None: zero with probability p, scaled by 1 / (1 - p) otherwise.
 
-    x is [batch, outer, *inner], and may hold positions outer_offset .. of outer_size (default: all) along the second dimension.
+    x is [batch, outer, *inner], and may hold positions outer_offset .. of outer_size (default: all) along the second dimension. Where
+    batch is 1 these may run past outer_size: x is then a range of rows of the flattened [batch, outer], that begins at outer_offset.
     `rng` is int64 [3] on x's device: seed, step (not 0xFFFFFFFF), index of x's first sample in the global batch; `site` says which
     dropout of which layer this is. Differentiable in x and residual: the backward pass draws the mask again, so `rng` must keep its
     values until then (autograd refuses one that was changed in place) and nothing else is saved.
@@ -127,8 +128,10 @@ def _check_dropout(x: Tensor, rng: Tensor, outer_offset: int, outer_size: int | 
     _check_rng(x, rng)
     if outer_size is not None or outer_offset != 0:
         whole = x.shape[1] if outer_size is None else outer_size
-        holds = 0 <= outer_offset <= whole - x.shape[1]
-        _require(holds, "x's positions must lie in the outer size", outer_offset=outer_offset, outer_size=whole, x=x)
+        # One sample may run on into the next: its elements are consecutive there too.
+        runs_on = x.shape[0] == 1 and outer_size is not None
+        holds = outer_offset >= 0 and (runs_on or outer_offset + x.shape[1] <= whole)
+        _require(holds, "x's positions must lie in the outer size, or x be one sample", outer_offset=outer_offset, outer_size=whole, x=x)
 
 
 def _seed(seed: int) -> int:
