@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,7 @@ megactl train --preset gpt-345m --tp 2 --pp 2 --data corpus_text_document --dry-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code. Prints every error itself."""
+    _print_any_name()
     arguments = list(sys.argv[1:] if argv is None else argv)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     show_traceback = "--traceback" in own or os.environ.get("MEGACTL_TRACEBACK", "0") not in ("", "0")
@@ -74,6 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit.code if isinstance(exit.code, int) else EXIT_FAILED if exit.code else 0
     except Exception as error:
         return _report(error, as_json=as_json, show_traceback=show_traceback)
+
+
+def _print_any_name() -> None:
+    """A name that is no UTF-8 is printed with its bytes as \\udcff and the like: valid in JSON too, and no failure, whatever the locale."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -4,7 +4,8 @@
     .venv/bin/python scripts/bench_logs.py [--megabytes 2000] [--rounds 5] [--folder /tmp] [--output results.jsonl]
 
 Makes two files (and removes them): `mixed`, a tenth iteration and timer lines and the rest what libraries print, and `dense`, nothing
-but iteration and timer lines. perl sums the time per iteration; megactl reads every field and timer and whatever else it knows.
+but iteration and timer lines. perl sums the time per iteration; megactl does what parse-logs does: it reads every field of every
+iteration, the timers that a row needs, and whatever else it knows.
 Each contestant is a process of its own, with its start: wall time, processor time and largest resident memory are the system's.
 """
 
@@ -24,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PERL = 'm|elapsed time per iteration .ms.: ([\\d\\.]+)| && do {$x+=$1; $c++}; END { print $c ? int($x/$c/1000) : "fail" }'
 READ = (
-    "import sys; from megactl.report.logs.reading import read_runs; runs = read_runs(sys.argv[1]); columns = runs[0].iterations; "
+    "import sys; from megactl.report.logs.reading import read_runs; from megactl.report.logs.rows import TIMERS; "
+    "runs = read_runs(sys.argv[1], timers=TIMERS); columns = runs[0].iterations; "
     "print(int(sum(columns.seconds) / len(columns)))"
 )
 TIMERS = [

@@ -260,14 +260,14 @@ def test_the_message_about_a_layout_that_does_not_fit_is_real(capsys):
 
 def test_the_bytes_of_a_parameter_are_those_of_the_cost_model():
     rows = table("docs/parallelism.md", "| bytes a parameter")
-    assert len(rows) == 4
-    for name, weight, gradient, optimizer, together in rows:
-        state = precision_sizes(name[:4]).state
-        sharded = name.endswith("ZeRO 1")
-        assert (weight, gradient) == (str(state.weight), str(state.gradient))
-        assert optimizer == f"{state.optimizer}{' / d' if sharded else ''}"
-        kept = state.weight + state.gradient
-        assert together == (f"{kept} + {state.optimizer} / d" if sharded else str(kept + state.optimizer))
+    assert [row[0] for row in rows] == [f"{precision}, ZeRO {stage}" for precision in ("bf16", "fp32") for stage in range(4)]
+    for name, *cells, together in rows:
+        state, stage = precision_sizes(name[:4]).state, int(name[-1])
+        # Stage 3 shares the weights, 2 and 3 the gradients, 1 to 3 the optimizer.
+        sizes = [(state.weight, stage == 3), (state.gradient, stage >= 2), (state.optimizer, stage >= 1)]
+        assert cells == [f"{size}{' / d' if shared else ''}" for size, shared in sizes]
+        kept, divided = (sum(size for size, shared in sizes if shared == which) for which in (False, True))
+        assert together == " + ".join([*([str(kept)] if kept else []), *([f"{divided} / d"] if divided else [])])
 
 
 def test_the_messages_of_tensor_parallelism_are_those_of_the_model(monkeypatch):

@@ -115,14 +115,14 @@ def parse_logs(
 def _rows(typed: Typed, request: Request) -> int:
     from megactl.report.logs.find import find_logs
     from megactl.report.logs.records import read_many
-    from megactl.report.logs.rows import row_of
+    from megactl.report.logs.rows import TIMERS, row_of
 
     found = find_logs(typed.files)
     if not found.files:
         raise ConfigError([Problem(name, why, "correct the name, or quote the pattern") for name, why in found.missing])
     for name, why in found.missing:
         say(printable(f"{name}: {why}"), label="error")
-    runs, unreadable = _read(read_many(found.files), found.walked)
+    runs, unreadable = _read(read_many(found.files, timers=TIMERS), found.walked)
     rows = _sorted([row_of(run, request.given) for run in runs], request.sort)
     if request.hide_failed:
         rows = [row for row in rows if row.speed.mean is not None]
@@ -242,12 +242,13 @@ def _diff(typed: Typed, request: Request) -> int:
 def _one(word: str) -> Run:
     """The run that FILE or FILE#N names. A file with several runs needs its #N."""
     from megactl.report.logs.records import Run, read_many
+    from megactl.report.logs.rows import TIMERS
 
     path, mark, number = word.rpartition("#")
     if not mark or not number.isdigit() or os.path.exists(word):
         path, number = word, ""
     runs = []
-    for result in read_many([path]):
+    for result in read_many([path], timers=TIMERS):
         if not isinstance(result, Run):
             raise MegactlError(f"{result.path}: {result.reason}", "name a readable log")
         runs.append(result)

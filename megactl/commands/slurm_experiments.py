@@ -146,6 +146,7 @@ def _entry(item: Prepared, name: str, log_dir: str) -> dict[str, Any]:
         "script": f"{name}.sh",
         "logs": f"{log_dir}/{name}-*.out",
         "without": list(item.without),
+        "changed": item.changed,
         "parameters": item.row.as_dict(),
     }
 

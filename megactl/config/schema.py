@@ -153,8 +153,9 @@ class Parallel:
         flags=("--scatter-gather/--no-scatter-gather",),
     )  # fmt: skip
     zero: int | None = setting(
-        None, "ZeRO stage: what the d replicas share. Bytes a parameter in bf16: 0 nothing, 18; 1 optimizer, 6 + 12/d; 2 also gradients, "
-        "2 + 16/d, but every micro-batch reduces them; 3 also weights, 18/d, gathered twice a micro-batch (default 1 when dp x cp > 1)",
+        None, "ZeRO stage: what the d = dp x cp replicas share. Bytes a parameter in bf16: 0 nothing, 18; 1 optimizer, 6 + 12/d; "
+        "2 also gradients, 2 + 16/d, but every micro-batch reduces them; 3 also weights, 18/d, gathered twice a micro-batch "
+        "(default 1 when dp x cp > 1)",
         flags=("--zero",),
     )  # fmt: skip
     zero_prefetch: int = setting(
@@ -183,7 +184,9 @@ class Memory:
     """What is not kept on the device between forward and backward, or between steps."""
 
     recompute: str = setting(
-        "none", "compute again in backward instead of keeping: core attention (selective), or whole layers (full)",
+        "none",
+        "compute again in backward what is not kept: core attention (selective: unfused attention keeps no scores, for a few per cent of "
+        "time), or whole layers (full: keeps their inputs alone, for two thirds of another forward)",
         flags=("--recompute", "--recompute-granularity"), choices=("none", "selective", "full"),
     )  # fmt: skip
     recompute_method: str = setting(
@@ -191,10 +194,12 @@ class Memory:
         flags=("--recompute-method",), choices=("uniform", "block"),
     )  # fmt: skip
     recompute_layers: int = setting(
-        1, "full recompute: the N of --recompute-method", flags=("--recompute-layers", "--recompute-num-layers")
+        1,
+        "full recompute: the N of --recompute-method; backward holds what N layers keep",
+        flags=("--recompute-layers", "--recompute-num-layers"),
     )
     partition_activations: bool = setting(
-        False, "full recompute with tp: each rank keeps its share of the saved inputs",
+        False, "full recompute with tp: each rank keeps 1 / tp of the saved inputs, for an all-gather of each in backward",
         flags=("--partition-activations/--no-partition-activations", "--distribute-saved-activations"),
     )  # fmt: skip
     offload: str | None = setting(

@@ -18,7 +18,7 @@ class Names:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def show(self, name: str) -> str:
-        """"--tp 3", or "--heads 24 (preset gpt-1.7b)", or "--heads 24 (run.toml:4)"; "no --zero" where it is open."""
+        """ "--tp 3", or "--heads 24 (preset gpt-1.7b)", or "--heads 24 (run.toml:4)"; "no --zero" where it is open."""
         setting = all_settings()[name]
         value = setting.read(self.run)
         if value is None:
@@ -39,13 +39,13 @@ def _plain(value: Any) -> str:
 
 
 def nearest_multiples(value: int, base: int) -> str:
-    """"48" or "32 or 48": the multiples of `base` around `value`, at least `base` itself."""
+    """ "48" or "32 or 48": the multiples of `base` around `value`, at least `base` itself."""
     below, above = value // base * base, -(-value // base) * base
     return str(max(above, base)) if below in (0, above) else f"{below} or {above}"
 
 
 def nearest_divisors(value: int, whole: int) -> str:
-    """"4 or 6": the divisors of `whole` around `value`."""
+    """ "4 or 6": the divisors of `whole` around `value`."""
     divisors = [number for number in range(1, whole + 1) if whole % number == 0]
     below = [number for number in divisors if number <= value][-1:]
     above = [number for number in divisors if number >= value][:1]

@@ -192,6 +192,7 @@ def _derive(run: Run, machine: Machine) -> Iterator[Derived]:
     """Every open value in an order in which each reason rests on the values above it."""
     yield from _derive_model(run, machine)
     yield from _derive_layout(run, machine)
+    yield from _derive_memory(run)
     yield from _derive_numbers(run, machine)
     yield from _derive_paths(run, machine)
 
@@ -239,6 +240,15 @@ def _derive_layout(run: Run, machine: Machine) -> Iterator[Derived]:
 def _streams_weights(run: Run) -> bool:
     """Whether weights come from host memory when they are needed, which is ZeRO 3 on a single rank as well."""
     return "parameters" in offload_targets(run.memory.offload)
+
+
+def _derive_memory(run: Run) -> Iterator[Derived]:
+    """What a choice of memory comes to, where that is not what it is chosen for."""
+    model = run.model
+    fused = model.attention == "sdpa" or (model.attention == "auto" and model.attention_dropout == 0.0)
+    if run.memory.recompute == "selective" and fused:
+        reason = "fused attention computes its scores again by itself and keeps a number a row and head: --recompute none is faster"
+        yield Derived("recomputed", "core attention, saving little", reason)
 
 
 def _derive_numbers(run: Run, machine: Machine) -> Iterator[Derived]:

@@ -204,3 +204,14 @@ def test_numbers_for_people():
     assert [count(number) for number in (12, 1500, 354_800_000, 1.008e12)] == ["12", "1.5K", "354.8M", "1.008T"]
     assert columns([("a", "bb", "c"), ("aaa", "b", "")]) == ["a    bb  c", "aaa  b"]
     assert columns([]) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape", "ascii"])
+@pytest.mark.parametrize("form", ["json", "csv", "table", "markdown"])
+def test_a_name_that_is_no_text_is_printed(tmp_path, encoding, form):
+    name = os.fsdecode(b"a\xff.out")
+    (tmp_path / name).write_text("iteration 1/ 3 | elapsed time per iteration (ms): 100.0 | lm loss: 2.0E+00 |\n")
+    result = run("parse-logs", name, "--format", form, env={"PYTHONIOENCODING": encoding}, cwd=tmp_path)
+    assert result.returncode == 0 and "a\\udcff.out" in result.stdout
+    if form == "json":
+        assert json.loads(result.stdout)[0]["file"] == name

@@ -232,11 +232,11 @@ def test_submit_all_submits_each_script(slurm, tmp_path, monkeypatch, cluster):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--tp", "2"), "is what figure_14 sets"),
+        (("--pp", "2"), "is what figure_14 sets"),
         (("--preset", "gpt-tiny"), "is what figure_14 sets"),
         (("--nodes", "2"), "is what figure_14 sets"),
         (("--run-dir", "x"), "every point has its own"),
-        (("--gpus-per-node", "7"), "must divide the GPUs of every point"),
+        (("--gpus-per-node", "7"), "must divide the ranks of every point"),
         (("--without", "recomputee"), "did you mean recompute?"),
         (("--sweep", "lr=1,2"), "an experiment is a folder of scripts"),
         (("--output", "x.sh"), "an experiment is a folder of scripts"),
@@ -258,3 +258,26 @@ def test_the_user_may_change_what_the_points_have_in_common(slurm, tmp_path, mon
     text = (tmp_path / "figure_16" / "figure_16-mbs1-gbs128.sh").read_text()
     assert "    --iterations 20\n" in text and "    --precision bf16\n" in text and "#SBATCH --time=00:10:00\n" in text
     assert "#SBATCH --nodes=16\n" in text and "#SBATCH --gpus-per-node=4\n" in text
+
+
+SMALL = (
+    "--tp", "1", "--hidden", "64", "--heads", "4", "--seq-length", "32", "--max-positions", "32", "--vocab", "64", "--precision", "fp32",
+    "--loss-scale", "0", "--device", "cpu", "--gpus-per-node", "0", "--ntasks-per-node", "4", "--without", "recompute", "--mock-data",
+)  # fmt: skip
+
+
+def test_an_experiment_of_another_size_says_so(slurm, tmp_path, monkeypatch, cluster):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = slurm("render", "--experiment", "figure_11", *SMALL)
+    assert code == 0, err
+    index = json.loads((tmp_path / "figure_11" / "index.json").read_text())
+    for point in index["points"]:
+        text = (tmp_path / "figure_11" / point["script"]).read_text()
+        for flag, paper, here in (("--tp", 8, 1), ("--hidden", 20480, 64)):
+            assert f"# The paper's run had {flag} {paper}; this one has {here}.\n" in text
+        assert point["changed"] == {"model.hidden_size": 64, "model.num_heads": 4, "parallel.tensor_parallel": 1}
+        stages = point["parameters"]["pp"]
+        (call,) = cluster.run(text).of("srun")
+        assert f"--ntasks={stages}" in call and f"--nodes={-(-stages // 4)}" in call and f"--ntasks-per-node={min(4, stages)}" in call
+    code, _, err = slurm("render", "--experiment", "figure_11", *SMALL, "--ntasks-per-node", "3", "--output-dir", "three")
+    assert code == 2 and "--ntasks-per-node 3: must divide the ranks of every point" in err

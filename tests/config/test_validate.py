@@ -237,6 +237,21 @@ RULES = [
         4,
         "--dp 8: needs 8 ranks, 4 were started; use --dp 4, or megactl slurm render --nodes 1 --ntasks-per-node 8",
     ),
+    (["parallel.zero=2", "parallel.zero_prefetch=2"], 2, "--zero-prefetch 2 with --zero 2: only ZeRO 3 gathers weights, which"),
+    (["parallel.zero_prefetch=0"], 1, "--zero-prefetch 0 with no --zero: only ZeRO 3 gathers weights, which"),
+    (["parallel.zero=1", "parallel.persistence_threshold=0"], 2, "with --zero 1: only ZeRO 3 divides the weights"),
+    (["parallel.zero=0", "parallel.split_layers=true"], 2, "--split-layers with --zero 0: only ZeRO 3 gathers layers"),
+    (["parallel.zero=2", "parallel.tile=2"], 2, "--tile 2 with --zero 2: without ZeRO 3 all tiles of a matrix are there at once"),
+    (
+        ["parallel.zero=3", "parallel.tile=5"],
+        2,
+        "--tile 5: must divide hidden = 128, queries, keys and values = 384, the MLP's width = 512; use --tile 4 or 8",
+    ),
+    (
+        ["parallel.zero=3", "parallel.tile=128", "model.kv_heads=1"],
+        2,
+        "--tile 128: must divide queries, keys and values = 192; use --tile 64",
+    ),
 ]
 
 
@@ -354,6 +369,10 @@ def test_zero_with_one_replica_is_accepted_and_said():
     answer = resolved("parallel.zero=1")
     assert answer.run.parallel.zero == 0
     assert any(item.key == "parallel.zero" and "--zero 1 with dp 1" in item.reason for item in answer.derived)
+    for stage, whole in ((2, "optimizer and all gradients"), (3, "model")):
+        answer = resolved(f"parallel.zero={stage}")
+        assert answer.run.parallel.zero == 0 and any(f"holds the whole {whole}" in item.reason for item in answer.derived)
+        assert resolved(f"parallel.zero={stage}", world=2).run.parallel.zero == stage
     assert resolved(world=2).run.parallel.zero == 1
     assert resolved("parallel.zero=0", world=2).run.parallel.zero == 0
 

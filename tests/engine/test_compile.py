@@ -10,11 +10,15 @@ from megactl.engine.models.layers import MicroBatch, Targets
 from megactl.engine.parallelize import build_part
 from megactl.engine.pipeline import padding_attention_mask
 
+LLAMA = {"kv_heads": 2, "position_embedding": "rope", "normalization": "rmsnorm", "activation": "swiglu", "bias": False}
 
-@pytest.mark.parametrize(("architecture", "norm"), [("gpt", "pre"), ("bert", "pre"), ("bert", "post")])
-def test_a_stage_compiles_to_one_graph_that_writes_the_flat_gradients(architecture: str, norm: str) -> None:
+
+@pytest.mark.parametrize(
+    ("architecture", "norm", "more"), [("gpt", "pre", {}), ("bert", "pre", {}), ("bert", "post", {}), ("gpt", "pre", LLAMA)]
+)
+def test_a_stage_compiles_to_one_graph_that_writes_the_flat_gradients(architecture: str, norm: str, more: dict) -> None:
     sizes = dict(num_layers=2, hidden_size=32, num_heads=4, vocab_size=50, hidden_dropout=0.1)
-    model = Model(architecture=architecture, norm_position=norm, **sizes)
+    model = Model(architecture=architecture, norm_position=norm, **sizes, **more)
     run = Run(model=model, training=Training(micro_batch_size=2, seq_length=16, device="cpu"), data=Data(mock_data=True))
     run = resolve(run, world_size=1).run
     part = build_part(run, build_mesh(run.parallel, torch.device("cpu")), 0, 1)

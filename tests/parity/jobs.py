@@ -24,7 +24,6 @@ from parity.corpus import EOD, Corpus, PairCorpus
 from parity.mutations import MUTATIONS
 from parity.mutations_zero import HARMLESS
 from parity.pool import Worker
-from parity.recompute_mutations import RECOMPUTE_MUTATIONS
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def train(
     worker: Worker, run: Run, corpus: Corpus | PairCorpus, plan: Plan, mutation: str | None = None, ops: str | None = None
 ) -> RankResult:
     """The engine's counterpart of `reference.train_reference`. `mutation` names a fault to build in, `ops` sets MEGACTL_OPS."""
-    fault = (MUTATIONS | HARMLESS | RECOMPUTE_MUTATIONS)[mutation].fault() if mutation else nullcontext()
+    fault = (MUTATIONS | HARMLESS)[mutation].fault() if mutation else nullcontext()
     with fault, mock.patch.dict(os.environ, {} if ops is None else {"MEGACTL_OPS": ops}):
         return _train(worker, run, corpus, plan)
 

@@ -26,6 +26,7 @@ from parity.faults import Mutation, changed, no_gather, nothing, patched
 from parity.mutations_context import CONTEXT
 from parity.mutations_llama import LLAMA
 from parity.mutations_pipeline import PIPELINE
+from parity.mutations_recompute import RECOMPUTE
 from parity.mutations_sequence import SEQUENCE
 from parity.mutations_zero import ZERO
 
@@ -263,4 +264,4 @@ _BERT_MUTATIONS = {
 }
 
 _FOR_BERT = {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
-MUTATIONS = _GPT_MUTATIONS | PIPELINE | ZERO | LLAMA | CONTEXT | SEQUENCE | _FOR_BERT
+MUTATIONS = _GPT_MUTATIONS | PIPELINE | RECOMPUTE | ZERO | LLAMA | CONTEXT | SEQUENCE | _FOR_BERT

@@ -39,6 +39,12 @@ CASES = [
     Case(cp=2, dp=2, ramp=True, overflow=True, clip=0.0),
     Case(cp=2, recompute="selective", dropout=0.1, documents="reset"),
     Case(cp=2, recompute="full", dropout=0.1, **BERT),
+    Case(cp=2, positions="rope", normalization="rmsnorm", activation="swiglu", kv_heads=2, bias=False, documents="reset"),
+    Case(cp=2, positions="rope", kv_heads=4, tp=2, dropout=0.1),
+    Case(cp=4, positions="rope", kv_heads=2, attention="unfused", **A2A),
+    Case(cp=2, zero=2, dropout=0.1, documents="reset"),
+    Case(cp=2, dp=2, zero=3, dropout=0.1, tied=False),
+    Case(cp=2, zero=3, split_layers=True, tile=2, recompute="full", **BERT, **A2A),
     Case(cp=2, pp=2, vpp=2, dropout=0.1, documents="reset"),
     Case(cp=2, pp=2, schedule="zb-h1", micro_batches=3, **A2A, dropout=0.1),
 ]

@@ -13,7 +13,7 @@ from parity.cases import MICRO_BATCH, Case
 from parity.comparison import differing_bits
 from parity.corpus import SEQ_LENGTH, Corpus
 from parity.harness import Parity
-from parity.jobs import _source
+from parity.jobs import source
 from parity.pool import Pools, Worker
 
 ELEMENT = 8  # bytes in fp64, of what is sent and of what is summed
@@ -36,7 +36,7 @@ def count_bytes(worker: Worker, case: Case) -> tuple[int, int]:
         sent.append(tensor.numel() * tensor.element_size() * (case.cp - 1) // case.cp)
         return all_to_all(output, tensor, group)
 
-    step, batches = TrainingStep(run, mesh), _source(run, Corpus(64), mesh)
+    step, batches = TrainingStep(run, mesh), source(run, Corpus(64), mesh)
     with (
         mock.patch.object(ring_attention, "exchange", counted_exchange),
         mock.patch.object(context_parallel, "all_to_all", counted_all_to_all),

@@ -26,6 +26,17 @@ CASES = [
     llama(tp=2, pp=2, dropout=0.1, schedule="gpipe"),
     llama(tp=2, dp=2, zero=1, tied=True, ramp=True),
     llama(pp=2, dp=2, zero=1, overflow=True, kv_heads=1, bias=True),
+    # The second forward of recomputation and the queue of weight gradients know them, too.
+    llama(tp=2, recompute="full", dropout=0.1, micro_batches=3),
+    llama(tp=2, recompute="selective", attention="unfused", dropout=0.1),
+    llama(pp=2, vpp=2, micro_batches=4, recompute="full"),
+    llama(pp=2, tp=2, schedule="zb-h1", micro_batches=3),
+    # Angles are those of a rank's own positions; shared keys travel, or are traded for heads.
+    llama(cp=2, dropout=0.1, documents="reset"),
+    llama(cp=2, tp=2, documents="positions"),
+    llama(cp=4, cp_method="all-to-all", tied=True),
+    llama(dp=2, zero=3, micro_batches=3, threshold=0, recompute="full"),
+    llama(dp=2, zero=3, tp=2, tile=2, split_layers=True, bias=True),
     # Each part beside what a plain GPT has otherwise.
     Case(tp=2, positions="rope", dropout=0.1),
     Case(tp=2, normalization="rmsnorm", norm="post"),

@@ -108,9 +108,12 @@ CASES = [
     Case(tp=2, pp=2, vpp=2, micro_batches=2, documents="reset"),
     Case(tp=2, dp=2, zero=1, dropout=0.1, bucket=1, sp=True),
     Case(pp=2, dp=2, zero=1, schedule="zb-v", micro_batches=3, bucket=1),
+    Case(tp=2, documents="reset", positions="rope", normalization="rmsnorm", activation="swiglu", kv_heads=4, bias=False),
     Case(cp=2, dropout=0.1, documents="reset"),
     Case(cp=4, zero=1, documents="eod"),
     Case(cp=2, cp_method="all-to-all", dropout=0.1, documents="reset"),
+    Case(recompute="selective", dropout=0.1, attention="sdpa", micro_batches=3),
+    Case(tp=2, pp=2, recompute="full", partition=True, offload="activations", micro_batches=3, dropout=0.1),
 ]
 SCALED = {"precision": "fp16", "scale": 2.0**11}
 

@@ -17,6 +17,7 @@ REPEATED = [
     Case(tp=2, pp=2, dp=2, zero=1, precision="bf16", dropout=0.1, micro_batches=3),
     Case(pp=2, dp=2, zero=1, dropout=0.1, micro_batches=3, model="bert"),
     Case(pp=2, dp=2, zero=1, dropout=0.1, micro_batches=3, schedule="zb-v"),
+    Case(tp=2, dp=2, zero=1, dropout=0.1, positions="rope", normalization="rmsnorm", activation="swiglu", kv_heads=2, bias=False),
 ]
 
 

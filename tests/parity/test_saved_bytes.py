@@ -77,11 +77,11 @@ def count(worker: Worker, run: Run, layers: int) -> Counted:
     return Counted(forward, counter.total(), host)
 
 
-def run_of(memory: Memory, *, precision: str = "fp32", tp: int = 1, **model: object) -> Run:
+def run_of(memory: Memory, *, precision: str = "fp32", tp: int = 1, sp: bool = False, **model: object) -> Run:
     architecture = {"num_layers": FEW, "hidden_size": H, "num_heads": 4, "ffn_size": 3 * H, "vocab_size": 100, "max_positions": S}
     return Run(
         model=Model(**(architecture | {"sentence_head": True if model.get("architecture") == "bert" else None} | model)),
-        parallel=Parallel(tensor_parallel=tp, data_parallel=1, zero=0),
+        parallel=Parallel(tensor_parallel=tp, data_parallel=1, zero=0, sequence_parallel=sp),
         training=Training(micro_batch_size=B, global_batch_size=B, seq_length=S, precision=precision, device="cpu"),
         memory=memory,
     )
@@ -157,3 +157,10 @@ def test_tensor_parallel_ranks_keep_what_the_formula_says(pools: Pools, model: s
     shared = Memory(recompute="full", partition_activations=True)
     for memory in (*MEMORY.values(), shared, replace(shared, recompute_layers=2, offload="activations")):
         check(pools, run_of(memory, tp=2, **MODELS[model], **ATTENTION["unfused, dropout"]))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sequence_parallel_ranks_keep_what_the_formula_says(pools: Pools, model: str):
+    for memory in MEMORY.values():
+        for attention in ("fused", "unfused, dropout"):
+            check(pools, run_of(memory, tp=2, sp=True, **MODELS[model], **ATTENTION[attention]))

@@ -56,10 +56,15 @@ WITH_OTHERS = [
     Case(tp=2, dp=2, zero=2, micro_batch=3, dropout=0.1, recompute="full", recompute_layers=2, sp=True),
     Case(tp=2, dp=2, zero=3, threshold=100, tile=2, recompute="selective", attention="unfused", dropout=0.1, sp=True),
     Case(tp=2, micro_batch=3, tied=False, dropout=0.1, **LLAMA, sp=True),
+    Case(tp=2, cp=2, dropout=0.1, micro_batch=3, sp=True),
+    Case(tp=2, cp=2, model="bert", dropout=0.1, micro_batch=3, sp=True),
     Case(tp=2, pp=2, schedule="zb-h1", micro_batches=3, dropout=0.1, micro_batch=3, sp=True),
     Case(model="bert", tp=2, pp=2, vpp=2, zero=3, tile=2, recompute="full", micro_batch=3, dropout=0.1, sp=True),
 ]
 MORE_OTHERS = [
+    Case(tp=2, cp=2, cp_method="all-to-all", pp=2, dropout=0.1, micro_batch=3, documents="reset", sp=True),
+    Case(tp=2, cp=2, dp=2, zero=2, model="bert", dropout=0.1, micro_batch=3, sp=True),
+    Case(tp=2, cp=2, dp=2, zero=3, tile=2, dropout=0.1, micro_batch=1, **LLAMA, sp=True),
     Case(tp=4, dp=2, zero=3, micro_batch=3, recompute="full", **LLAMA, sp=True),
     Case(tp=2, pp=2, schedule="zb-v", micro_batches=3, micro_batch=1, **(LLAMA | {"bias": True}), sp=True),
     Case(model="bert", tp=2, dp=2, zero=3, split_layers=True, tile=2, micro_batch=3, recompute="full", dropout=0.1, sp=True),

@@ -107,8 +107,14 @@ int main(int count, char** words) {
             cut.feed(piece.data(), piece.size());
             at += size;
         }
+        LogScanner few(anchors, common, cap, std::vector<std::string>{"save-checkpoint", "forward-compute"});
+        few.feed(exact.data(), exact.size());
         const Sums one = sums_of(whole), other = sums_of(cut);
         if (!(one == other)) return std::fprintf(stderr, "cut and whole differ with %zu lines left\n", left), 1;
+        Sums fewer = sums_of(few);
+        if (fewer.timers > one.timers) return std::fprintf(stderr, "more timers than there are with %zu lines left\n", left), 1;
+        fewer.timers = one.timers;
+        if (!(one == fewer)) return std::fprintf(stderr, "leaving out timers changed something else with %zu lines left\n", left), 1;
         rows += one.rows;
         left -= some;
     }

@@ -19,6 +19,7 @@ from megactl.report.logs.scanning import Batch, make_scanner
 from megactl.storage.native import native_module
 
 ROOT = Path(__file__).resolve().parents[2]
+SOME = ("save-checkpoint", "forward-compute")
 
 
 def sound(run):
@@ -100,6 +101,7 @@ def test_a_million_mutated_lines(tmp_path):
             assert isinstance(found, Unreadable) or sound(found)
         if lines % 50_000 == 0:
             assert whole == scan(PythonScanner(1 << 16), text)
+            assert scan(make_scanner(1 << 16, SOME), text) == scan(PythonScanner(1 << 16, SOME), text)
 
 
 def fuzzer(folder):

@@ -240,6 +240,34 @@ def test_both_scanners_find_the_same_however_the_text_is_cut():
             assert scan(scanner(cap), text, cuts) == expected
 
 
+def test_only_the_timers_that_were_asked_for(scanner):
+    text = (
+        "time (ms) | forward: 1.0 | save-checkpoint: 20.0 | optimizer: 3.0\n"
+        "time (ms) | forward: 1.0 | optimizer: 3.0\n"
+        "(min, max) time across ranks (ms):\n    forward ......: (1.0, 2.0)\n    save-checkpoint ......: (3.0, 4.0)\n"
+        "the timer save-checkpoint is not here\nsave-checkpoint: 5.0 | other: 1.0\n"
+    )
+    assert timers(scan(scanner(CAP, ["save-checkpoint", "load-checkpoint"]), text)) == {"save-checkpoint": ([1, 5], [20.0, 4.0])}
+    assert timers(scan(scanner(CAP, []), text)) == {}
+    assert set(timers(scan(scanner(CAP), text))) == {"forward", "save-checkpoint", "optimizer"}
+
+
+def test_leaving_out_timers_changes_nothing_else():
+    needs_native()
+    wanted = ("save-checkpoint", "forward-compute")
+    for seed in range(12):
+        # An escape sequence inside a name hides it from the search for names, which is made on the text as it is.
+        text = mutated_text(250, seed).replace(b"\x1b", b"")
+        everything, some = scan(make_scanner(CAP), text), scan(make_scanner(CAP, wanted), text)
+        assert some == scan(PythonScanner(CAP, wanted), text)
+        one, other = (
+            batch._replace(timers=[], notes=[(line, kinds & ~Kind.TIMER_LINE, note) for line, kinds, note in batch.notes])
+            for batch in (some, everything)
+        )
+        assert one == other
+        assert timers(some) == {name: found for name, found in timers(everything).items() if name in wanted}
+
+
 def test_taking_in_between_changes_nothing(scanner):
     text = ("\n".join(LINES) + "\n").encode()
     whole, parts = scan(scanner(CAP), text), []

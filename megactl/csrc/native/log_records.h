@@ -3,11 +3,14 @@
 // Formats: Megatron-LM 2019 to 2026 and its forks, see docs/logs.md. The Python twin is megactl/report/logs/python_records.py.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "log_text.h"
@@ -241,6 +244,9 @@ inline bool is_timer_name(std::string_view name) {
 
 class Timers {
 public:
+    // wanted: names of those to keep; all where there is no list.
+    explicit Timers(std::optional<std::vector<std::string>> wanted) : wanted_(std::move(wanted)) {}
+
     // "time (ms) | name: 1.0 | name: 2.0", from behind the first bar up to what is no timer. The last number of a cut line is left out.
     void read_line(std::string_view line, int64_t number, bool terminated) {
         static constexpr std::string_view kStart = "time (ms)";
@@ -316,6 +322,7 @@ private:
     }
 
     size_t add(std::string_view name, int64_t number, double milliseconds) {
+        if (wanted_ && std::find(wanted_->begin(), wanted_->end(), name) == wanted_->end()) return kMostTimers;
         const std::string key(name);
         auto found = places_.find(key);
         if (found == places_.end()) {
@@ -333,6 +340,7 @@ private:
         ++pending_;
     }
 
+    const std::optional<std::vector<std::string>> wanted_;
     std::vector<Timer> timers_;
     std::unordered_map<std::string, size_t> places_;
     std::vector<size_t> last_;  // of the last line, in its order: runs repeat it

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -29,11 +30,12 @@ py::str decoded(const std::string& text) {
     return py::reinterpret_steal<py::str>(result);
 }
 
-LogScanner* make_scanner(const std::vector<AnchorTuple>& table, const std::string& common, size_t cap) {
+LogScanner* make_scanner(const std::vector<AnchorTuple>& table, const std::string& common, size_t cap,
+                         std::optional<std::vector<std::string>> timers) {
     if (cap == 0) throw std::invalid_argument("cap = 0: must be at least 1 byte");
     std::vector<Anchor> anchors;
     for (const auto& [text, kinds, follow, until] : table) anchors.push_back({text, kinds, follow, until});
-    return new LogScanner(std::move(anchors), common, cap);
+    return new LogScanner(std::move(anchors), common, cap, std::move(timers));
 }
 
 size_t feed(LogScanner& scanner, const py::buffer& buffer, size_t size) {
@@ -77,8 +79,8 @@ py::tuple take(LogScanner& scanner) {
 
 void register_log_scanner(py::module_& module) {
     py::class_<LogScanner>(module, "LogScanner", "Finds iterations, timers and lines with an anchor in a log; see megactl/report/logs.")
-        .def(py::init(&make_scanner), py::arg("anchors"), py::arg("common"), py::arg("cap"),
-             "anchors: (text, kinds, lines to follow, until); common: text to tell them from quickly; cap: bytes of a line")
+        .def(py::init(&make_scanner), py::arg("anchors"), py::arg("common"), py::arg("cap"), py::arg("timers") = py::none(),
+             "anchors: (text, kinds, lines to follow, until); common: text to tell them from quickly; cap: bytes of a line; timers: to keep")
         .def("feed", &feed, py::arg("data"), py::arg("size"), "Scan the first `size` bytes; returns how many values wait to be taken.")
         .def("finish", &finish, "The input is over.")
         .def("take", &take, "What was found since the last call.")

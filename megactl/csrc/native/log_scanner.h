@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -38,7 +39,9 @@ struct Note {
 
 class LogScanner {
 public:
-    LogScanner(std::vector<Anchor> anchors, const std::string& common, size_t cap) : anchors_(std::move(anchors), common), cap_(cap) {}
+    // timers: names of those to keep; all where there is no list.
+    LogScanner(std::vector<Anchor> anchors, const std::string& common, size_t cap, std::optional<std::vector<std::string>> timers = {})
+        : anchors_(std::move(anchors), common), cap_(cap), timers_(std::move(timers)) {}
 
     void feed(const char* data, size_t size) {
         const char *at = data, *end = data + size;

@@ -279,7 +279,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dro
     grouped = k.shape[1] != q.shape[1]
     # On CUDA only cuDNN and flash take groups, in 16 bits and without a mask; copied keys are less than the square that is left otherwise.
     if grouped and q.is_cuda and (mask is not None or q.dtype not in (torch.bfloat16, torch.float16)):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        k, v = (x.unsqueeze(2).expand(-1, -1, q.shape[1] // x.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
         grouped = False
     attention = nn.functional.scaled_dot_product_attention
     return attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped)

@@ -5,6 +5,7 @@ A new format starts here with its anchors: seven bytes at least, or two that are
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -127,6 +128,15 @@ _LINES: tuple[tuple[int, tuple[bytes, ...]], ...] = (
 
 ANCHORS: tuple[Anchor, ...] = (*_BLOCKS, *(Anchor(text, kinds) for kinds, texts in _LINES for text in texts))
 
+
+def anchors_for(timers: Iterable[str] | None) -> tuple[Anchor, ...]:
+    """The anchors of a scanner that keeps only these timers (None: all): of the lines of timers it looks at those that name one."""
+    if timers is None:
+        return ANCHORS
+    others = (anchor for anchor in ANCHORS if anchor.kinds != Kind.TIMER_LINE)
+    return (*others, *(Anchor(name.encode(), Kind.TIMER_LINE) for name in timers))
+
+
 # What logs are full of: the compiled scanner looks for anchors by those of their bytes that are not in here.
 COMMON = (
     b" iteration | consumed samples: | consumed tokens: | elapsed time per iteration (s): | throughput per GPU (TFLOP/s/GPU): |"
@@ -136,7 +146,7 @@ COMMON = (
     b" forward-backward-send-forward-backward-recv: | backward-send-forward-recv: | backward-params-all-reduce: |"
     b" backward-embedding-all-reduce: | layernorm-grads-all-reduce | embedding-grads-all-reduce | all-grads-sync | params-all-gather |"
     b" optimizer-copy-to-main-grad: | optimizer-unscale-and-check-inf: | optimizer-clip-main-grad: | optimizer-count-zeros: |"
-    b" optimizer-inner-step: | optimizer-copy-main-to-model-params: | optimizer: | batch-generator: | save-checkpoint: |"
+    b" optimizer-inner-step: | optimizer-copy-main-to-model-params: | optimizer: | batch-generator: |"
     b" NCCL INFO Channel : Trees via P2P/IPC/read/NET/IB comm rank nranks cudaDev busId Init COMPLETE threadThresholds coll channels"
     b" [INFO] [WARNING] [default0]: .py: UserWarning: FutureWarning: DeprecationWarning: warnings.warn( torch.distributed rank "
     b" > loading doc-idx mapping from shuffle-idx sample-idx .npy loaded indexed file in seconds total number of samples: documents:"

@@ -8,9 +8,10 @@ import re
 import struct
 from array import array
 from collections import deque
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from megactl.report.logs.anchors import ACTED_ON, ANCHORS, Kind
+from megactl.report.logs.anchors import ACTED_ON, Anchor, Kind, anchors_for
 from megactl.report.logs.python_records import MOST_TIMERS, Iteration, IterationReader, timer_rows, timers_of_line
 from megactl.report.logs.records import VALUE_COLUMNS
 from megactl.report.logs.scanning import Batch
@@ -20,10 +21,10 @@ _ESCAPE = re.compile(rb"\x1b(?:\[[^@-~]*(?:[@-~]|\Z)|\][^\x07]*(?:\x07|\Z)|[^\[\
 _RECENT = 8
 
 
-def _places(text: bytes) -> list[int]:
+def _places(text: bytes, anchors: Iterable[Anchor]) -> list[int]:
     """Where anchors start in `text`, sorted. One search an anchor is many times faster than one regular expression of them all."""
     found: list[int] = []
-    for anchor in ANCHORS:
+    for anchor in anchors:
         at = text.find(anchor.text)
         while at >= 0:
             found.append(at)
@@ -34,14 +35,16 @@ def _places(text: bytes) -> list[int]:
 class PythonScanner:
     """See scanning.Scanner."""
 
-    def __init__(self, cap: int) -> None:
+    def __init__(self, cap: int, timers: Collection[str] | None = None) -> None:
         self._cap = cap
+        self._anchors = anchors_for(timers)
+        self._wanted = None if timers is None else {name.encode() for name in timers}
         self._reader = IterationReader()
         self._carry = bytearray()
         self._open = self._cut = False
         self.line = 1
         self.duplicates = 0
-        self._left, self._block = 0, ANCHORS[0]
+        self._left, self._block = 0, self._anchors[0]
         self._interrupted = False
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=_RECENT)
         self._last_iteration = -1
@@ -115,7 +118,7 @@ class PythonScanner:
         self._open = self._cut = False
 
     def _scan_lines(self, text: bytes) -> None:
-        places = _places(text)
+        places = _places(text, self._anchors)
         at = counted = 0
         while at < len(text):
             if self._left > 0:
@@ -136,7 +139,7 @@ class PythonScanner:
         self.line += text.count(b"\n", counted)
 
     def _read_line(self, line: bytes, number: int, terminated: bool) -> None:
-        met = [anchor for anchor in ANCHORS if anchor.text in line]
+        met = [anchor for anchor in self._anchors if anchor.text in line]
         in_block = self._left > 0
         if not met and not in_block:
             return
@@ -194,7 +197,8 @@ class PythonScanner:
 
     def _add_timers(self, found: Any, number: int) -> None:
         for name, milliseconds in found:
-            if name not in self._timers and len(self._timers) == MOST_TIMERS:
+            unwanted = self._wanted is not None and name not in self._wanted
+            if unwanted or (name not in self._timers and len(self._timers) == MOST_TIMERS):
                 continue
             lines, values = self._timers.setdefault(name, (array("q"), array("d")))
             lines.append(number)

@@ -6,7 +6,7 @@ import codecs
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -25,23 +25,29 @@ _MAGIC = ((b"\x7fELF", "a program"), (b"PK\x03\x04", "a zip archive or a PyTorch
           (b"\x80\x02", "a pickle"), (b"\x80\x04\x95", "a pickle"), (b"%PDF", "a PDF"), (b"\x89HDF", "an HDF5 file"))  # fmt: skip
 
 
-def read_runs(path: str | os.PathLike[str], *, cap: int = 1 << 16, scanner: Scanner | None = None) -> list[Run]:
-    """The runs in one log, at least one. cap: bytes of a line that are looked at. scanner: another than the one for this machine.
+def read_runs(
+    path: str | os.PathLike[str], *, cap: int = 1 << 16, timers: Collection[str] | None = None, scanner: Scanner | None = None
+) -> list[Run]:
+    """The runs in one log, at least one. cap: bytes of a line that are looked at. timers: those to keep (None: all).
+
+    scanner: another than the one for this machine; it has its own cap and timers.
 
     Raises DataError where nothing can be read.
     """
     path = os.fspath(path)
     try:
-        return _read(path, scanner or make_scanner(cap))
+        return _read(path, scanner or make_scanner(cap, timers))
     except Refused as error:
         raise DataError(f"{path}: {error.reason}", "give the log of a training run") from error
 
 
-def read_many(paths: Iterable[str | os.PathLike[str]], *, cap: int = 1 << 16) -> Iterator[Run | Unreadable]:
+def read_many(
+    paths: Iterable[str | os.PathLike[str]], *, cap: int = 1 << 16, timers: Collection[str] | None = None
+) -> Iterator[Run | Unreadable]:
     """Every run of every path, in the order given; a path that gives none is one Unreadable, and the rest is still read."""
     for path in map(os.fspath, paths):
         try:
-            yield from _read(path, make_scanner(cap))
+            yield from _read(path, make_scanner(cap, timers))
         except Refused as error:
             yield Unreadable(path, error.kind, error.reason)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,7 +143,7 @@ class Run:
     """One run of one file.
 
     run: 0 for the first in the file. arguments: settings as printed, under one spelling (see arguments.py), values are raw text.
-    timers: milliseconds by name (save-checkpoint, load-checkpoint, forward-compute ...), in file order.
+    timers: milliseconds by name (save-checkpoint, load-checkpoint, forward-compute ...), in file order; those that were asked for.
     events: first evidences of each kind, `event_counts` how often each was seen.
     model_parameters: the exact number where a line states one, else the sum that was printed (`summary` says which line).
     started_at: first date seen, ISO 8601 without zone. summary: end-of-run figures (train_runtime, train_samples_per_second,
@@ -183,15 +183,18 @@ class Unreadable:
     reason: str
 
 
-def read_runs(path: str, *, cap: int = 1 << 16) -> list[Run]:
-    """The runs in one log. cap: bytes of a line that are looked at, the rest is skipped. Raises LogError where nothing can be read."""
+def read_runs(path: str, *, cap: int = 1 << 16, timers: Collection[str] | None = None) -> list[Run]:
+    """The runs in one log. cap: bytes of a line that are looked at, the rest is skipped. timers: those to keep (None: all).
+
+    Raises DataError where nothing can be read.
+    """
     from megactl.report.logs.reading import read_runs as read
 
-    return read(path, cap=cap)
+    return read(path, cap=cap, timers=timers)
 
 
-def read_many(paths: list[str], *, cap: int = 1 << 16) -> Iterator[Run | Unreadable]:
+def read_many(paths: list[str], *, cap: int = 1 << 16, timers: Collection[str] | None = None) -> Iterator[Run | Unreadable]:
     """Every run of every path, in the order given; a path that gives none is one Unreadable, and the rest is still read."""
     from megactl.report.logs.reading import read_many as read
 
-    yield from read(paths, cap=cap)
+    yield from read(paths, cap=cap, timers=timers)

@@ -19,6 +19,8 @@ from megactl.report.logs.run_folder import add_settings
 from megactl.report.logs.speed import Speed, is_time, speed_of
 from megactl.report.logs.status import status_of
 
+# The timers that a row is made of: of save_s, and of load_s.
+TIMERS = ("save-checkpoint", "load-checkpoint")
 # What is beyond it is damage, and sums of such overflow.
 _MOST = 1e15
 
@@ -108,7 +110,7 @@ def _billions(run: Run, layout: Layout, given: Given, model: Model | None) -> fl
 
 
 def _memory(run: Run) -> dict[str, Any]:
-    saved, loaded = _seconds(run, "save-checkpoint"), _seconds(run, "load-checkpoint")
+    saved, loaded = (_seconds(run, timer) for timer in TIMERS)
     memory = {"allocated_gib": run.memory.allocated, "reserved_gib": run.memory.reserved, "host_memory_gib": run.memory.host}
     return {**memory, "save_s": saved, "load_s": loaded}
 

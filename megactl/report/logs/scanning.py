@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
-from megactl.report.logs.anchors import ANCHORS, COMMON
+from megactl.report.logs.anchors import COMMON, anchors_for
 
 
 class Batch(NamedTuple):
@@ -38,14 +39,17 @@ class Scanner(Protocol):
     def take(self) -> Any: ...
 
 
-def make_scanner(cap: int) -> Scanner:
-    """A scanner that looks at the first `cap` bytes of each line: the compiled one where it is built."""
+def make_scanner(cap: int, timers: Collection[str] | None = None) -> Scanner:
+    """A scanner that looks at the first `cap` bytes of each line: the compiled one where it is built.
+
+    timers: names of those to keep, of seven letters or more (None: all). A line of timers without one of them costs nearly nothing.
+    """
     from megactl.report.logs.python_scanner import PythonScanner
     from megactl.storage.native import native_module
 
     native = native_module()
     if native is None:
-        return PythonScanner(cap)
-    table = [(anchor.text, anchor.kinds, anchor.follow, anchor.until) for anchor in ANCHORS]
-    scanner: Scanner = native.LogScanner(table, COMMON, cap)
+        return PythonScanner(cap, timers)
+    table = [(anchor.text, anchor.kinds, anchor.follow, anchor.until) for anchor in anchors_for(timers)]
+    scanner: Scanner = native.LogScanner(table, COMMON, cap, None if timers is None else list(timers))
     return scanner

@@ -51,7 +51,7 @@ def _always_unread(original: Callable) -> Callable:
 
 
 _FULL = {"recompute": "full", "dropout": 0.1, "micro_batches": 3}
-RECOMPUTE_MUTATIONS = {
+RECOMPUTE = {
     "the second forward draws another sample's dropout": Mutation(
         patched(activations, "_again", _again_with(rng=_next_sample)), (1, 2, 1), "gradient in step 1", _FULL
     ),
