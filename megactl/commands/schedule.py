@@ -265,10 +265,13 @@ def _compare(request: _Request, *, json_: bool) -> int:
         return 0
     header = ("schedule", "chunks", "time", "bubble", "own bubble", "published", "live")
     show_table(header, [_row(document) for document in found], right=(1, 2, 3, 4, 5, 6))
-    sizes = f"{request.ranks} ranks, {request.micro_batches} micro-batches"
     times = f"F {request.forward:g}, I {request.work.input_gradient:g}, W {request.weight_gradient:g}, transfer {request.transfer:g}"
-    print(f"{sizes}; {times}. bubble: waiting beside computing, where a step ends for all ranks at once; own bubble: where each rank")
-    print("may begin the next step when it has ended its own part; live: micro-batches whose activations the fullest rank holds.")
+    meanings = [
+        ("bubble:", "waiting beside computing, where a step ends for all ranks at once, as with a gradient norm"),
+        ("own bubble:", "the same where each rank may begin its next step as soon as it has ended this one"),
+        ("live:", "micro-batches whose activations the fullest rank holds"),
+    ]
+    print("\n".join([f"{request.ranks} ranks, {request.micro_batches} micro-batches; {times}", *columns(meanings)]))
     return 0
 
 
