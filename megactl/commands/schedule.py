@@ -137,12 +137,13 @@ def _range_problems(counts: dict[str, int], times: dict[str, float]) -> Iterator
 
 
 def _output_problems(name: str | None, plot: Path | None, width: int | None) -> Iterator[Problem]:
-    from megactl.report.drawing import ENDINGS
+    if plot is not None:
+        from megactl.report.drawing import ENDINGS
 
-    if plot is not None and name is None:
-        yield Problem(f"--plot {plot}", "draws one schedule", "name it, such as 1f1b")
-    if plot is not None and plot.suffix.lower() not in ENDINGS:
-        yield Problem(f"--plot {plot}", "ends in no format that can be drawn", f"use {', '.join(ENDINGS)}")
+        if name is None:
+            yield Problem(f"--plot {plot}", "draws one schedule", "name it, such as 1f1b")
+        if plot.suffix.lower() not in ENDINGS:
+            yield Problem(f"--plot {plot}", "ends in no format that can be drawn", f"use {', '.join(ENDINGS)}")
     if width is not None and width < 20:
         yield Problem(f"--width {width}", "must be at least 20", "leave it out for the terminal's")
 
