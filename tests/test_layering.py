@@ -197,6 +197,7 @@ _LOADED: dict[str, tuple[set[str], set[str]]] = {
     "slurm lint job.sh": (
         {"commands", "cluster.lint", "cluster.formats", "cluster.quoting", "cluster.slurm_options", "config.names", "config.slurm"}, set(),
     ),
+    "schedule zb-v": ({"commands", "schedules", "config.absent", "config.names"}, set()),
     "checkpoint inspect model.safetensors": ({"commands", "storage", *_FLAGS}, set()),
     "parse-logs .": ({"commands", "report.logs", "report.records", "storage", "costmodel", "config.schema", "_native"}, set()),
 }  # fmt: skip
