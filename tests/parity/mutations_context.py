@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import arange, cat
 
@@ -41,11 +42,7 @@ def _labels_on_each_rank(original: Callable) -> Callable:
 
 def _one_replica(original: Callable) -> Callable:
     """The dp axis, which is one rank here, in place of all ranks with the same weights."""
-
-    def mutated(*arguments, **options):
-        return original(*(Axis() if isinstance(argument, Axis) else argument for argument in arguments), **options)
-
-    return mutated
+    return lambda model, flat, mesh, **options: original(model, flat, replace(mesh, replicas=Axis()), **options)
 
 
 CONTEXT = {

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megactl.config.schema import Run
+from megactl.costmodel.memory import Layout, layer_activations
 from megactl.engine import collectives, pipeline
 from megactl.engine.training_step import TrainingStep
 from parity.cases import Case, with_settings
@@ -206,6 +207,8 @@ def test_a_layer_keeps_a_share_of_everything(
     mask = element * tokens if model == "bert" and attention == "sdpa" else 0
     expected = element * tokens * (between + inside + scores) // tp + mask
     assert of_one_layer(pools, parity, case, saved_bytes) == [expected] * tp
+    shape = {"seq_length": SEQ_LENGTH, "micro_batch_size": micro_batch, "num_microbatches": 1, "tensor_parallel": tp}
+    assert expected == layer_activations(config, Layout(**shape, precision="fp64", sequence_parallel=True)), "what --dry-run predicts"
     whole = of_one_layer(pools, parity, with_settings(case, sp=False), saved_bytes)
     assert whole == [expected + element * tokens * between * (tp - 1) // tp] * tp
 
