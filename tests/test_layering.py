@@ -198,7 +198,10 @@ _LOADED: dict[str, tuple[set[str], set[str]]] = {
         {"commands", "cluster.lint", "cluster.formats", "cluster.quoting", "cluster.slurm_options", "config.names", "config.slurm"}, set(),
     ),
     "checkpoint inspect model.safetensors": ({"commands", "storage", *_FLAGS}, set()),
-    "parse-logs .": ({"commands", "report.logs", "report.records", "storage", "costmodel", "config.schema", "_native", "_build"}, set()),
+    "parse-logs .": (
+        {"commands", "report.logs", "report.records", "storage", "costmodel", "config.schema", "config.pipeline_split", "_native", "_build"},
+        set(),
+    ),
 }  # fmt: skip
 _OTHERS = {
     "rich", "markdown_it", "pygments", "jinja2", "markupsafe", "tabulate", "yaml", "numpy", "psutil", "safetensors", "zstandard", *HEAVY,
