@@ -185,6 +185,7 @@ def memory_of(resolved: Resolved) -> dict[str, Any]:
         split=run.parallel.pipeline_split,
         sequence_parallel=run.parallel.sequence_parallel,
         context_parallel=run.parallel.context_parallel,
+        context_method=run.parallel.context_method,
         bucket_size=run.parallel.bucket_size,
         zero_prefetch=run.parallel.zero_prefetch,
         split_layers=run.parallel.split_layers,

@@ -103,6 +103,7 @@ class Layout:
     split: str | None = None
     sequence_parallel: bool = False
     context_parallel: int = 1
+    context_method: str = "ring"
     bucket_size: int = 40_000_000
     zero_prefetch: int = 1
     split_layers: bool = False
@@ -284,9 +285,10 @@ def layer_activations(model: Model, layout: Layout) -> int:
     split = 2 * sizes.hidden // sizes.tensor_parallel + 2 * sizes.keys + sizes.first + sizes.mlp
     if layout.recompute == "selective":
         return whole + split
-    if not sizes.unfused:
-        # Log-sum-exp of every row; BERT's mask of padding, which each call turns into numbers to add.
-        mask = sizes.element * sizes.tokens if is_encoder(model) else 0
+    if not sizes.unfused or sizes.ring:
+        # Log-sum-exp of every row; BERT's mask of padding, which each call turns into numbers to add. A ring makes masks, and in backward
+        # scores as well, block by block again.
+        mask = sizes.element * sizes.tokens if is_encoder(model) and not sizes.ring else 0
         return whole + split + sizes.accumulate * model.num_heads * sizes.tokens // sizes.tensor_parallel + mask
     # Softmax for its own backward; what multiplies the values is another tensor where dropout lies between.
     return whole + split + sizes.score_copies * sizes.scores * sizes.element
@@ -326,6 +328,7 @@ class _Sizes:
     layer_matrix: int
     head_matrix: int
     unfused: bool
+    ring: bool
     main_gradient: int
     head_inputs: int
 
@@ -353,6 +356,7 @@ class _Sizes:
             head_matrix=rows * model.hidden_size,
             # Dropout inside a fused kernel cannot be repeated by another layout, so `auto` does not use one then.
             unfused=model.attention == "unfused" or (model.attention == "auto" and model.attention_dropout > 0),
+            ring=layout.context_parallel > 1 and layout.context_method == "ring",
             main_gradient=precision.state.gradient,
             # Inputs of the final norm and the output matrix; of BERT's dense layer, its GELU and its norm.
             head_inputs=1 + (model.norm_position == "pre") + 3 * is_encoder(model),
@@ -381,6 +385,8 @@ def _layer_transient(model: Model, layout: Layout, sizes: _Sizes) -> int:
     """
     gathered = sizes.hidden if layout.sequence_parallel else 0
     through_mlp = sizes.first + sizes.hidden + sizes.held + gathered + sizes.product(sizes.layer_matrix)
+    if sizes.ring:
+        return max(through_mlp, _ring_transient(layout, sizes) - 2 * sizes.held - sizes.first - sizes.mlp)
     if not sizes.unfused:
         return through_mlp
     # Gradients of the probabilities and of the scores; the MLP's kept tensors of this layer are free again by then. What selective
@@ -388,3 +394,14 @@ def _layer_transient(model: Model, layout: Layout, sizes: _Sizes) -> int:
     again = sizes.score_copies if layout.recompute == "selective" else 0
     attention = (2 + again) * sizes.scores * sizes.element + sizes.hidden
     return max(through_mlp, attention - 2 * sizes.held - sizes.first - sizes.mlp)
+
+
+def _ring_transient(layout: Layout, sizes: _Sizes) -> int:
+    """Working set of a ring's backward: keys and values at hand and arriving, their gradients likewise in the type of sums, those of q.
+
+    Unfused, a block's probabilities and their gradients as well: each in the type of sums, and rounded for the products.
+    """
+    sums = sizes.accumulate // sizes.element
+    passing = 2 * 2 * sizes.keys * (1 + sums) + sums * sizes.hidden // sizes.tensor_parallel
+    block = sizes.scores // layout.context_parallel if sizes.unfused else 0
+    return passing + 2 * block * (sizes.accumulate + sizes.element)

@@ -226,6 +226,11 @@ RULES = [
         "--partition-activations with --tp 1 (default): saved inputs are shared over the ranks of --tp, and there is one; use --tp 2",
     ),
     (
+        ["memory.partition_activations=true", "memory.recompute=full", "parallel.sequence_parallel=true", "parallel.tensor_parallel=2"],
+        2,
+        "--partition-activations with --sp: under sequence parallelism a rank's saved inputs are its own share of the tokens already",
+    ),
+    (
         ["memory.offload=activations", "memory.recompute=selective"],
         1,
         "--offload activations with --recompute selective: only the inputs of recomputed layers are few enough bytes to copy beside",
@@ -264,10 +269,7 @@ def test_each_rule_alone(assignments, world, message):
 def test_every_refused_combination_has_a_test():
     reasons = {row.reason for row in REFUSED} - {"is not finished in this tree"}
     covered = {reason for reason in reasons if any(reason[:18] in message for _, _, message in RULES)}
-    needs_sp = "under sequence parallelism a rank's saved inputs are its own share of the tokens already"
-    assert reasons - covered == {"fp64 is for verification and runs on the CPU only", needs_sp}
-    shared = ["memory.recompute=full", "memory.partition_activations=true", "parallel.sequence_parallel=true", "parallel.tensor_parallel=2"]
-    assert any(f"--partition-activations with --sp: {needs_sp}; leave" in line for line in problems(*shared, world=2))
+    assert reasons - covered == {"fp64 is for verification and runs on the CPU only"}
     assert "fp64 is for verification and runs on the CPU only" in problems("training.precision=fp64", "training.device=cuda", gpus=1)[0]
 
 

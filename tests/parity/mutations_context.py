@@ -14,7 +14,11 @@ from parity.faults import Mutation, patched
 
 def _without_rescaling(original: Callable) -> Callable:
     """Blocks of attention added up as if each were the whole softmax's share."""
-    return lambda out, lse, block_out, block_lse: out.add_(block_out)
+
+    def mutated(out, lse, block_out, block_lse):
+        out.add_(block_out)
+
+    return mutated
 
 
 def _labels_of_the_shard(original: Callable) -> Callable:
@@ -62,7 +66,9 @@ CONTEXT = {
         patched(ring_attention, "send_home", lambda original: lambda gradients, cp: gradients), (1, 1, 1), "gradient in step 1", {"cp": 2}
     ),
     "each rank of a sequence counts its label": Mutation(
-        patched(context_parallel.SequenceShard, "cut", _labels_on_each_rank), (1, 1, 1), "loss on rank 0, step 1",
+        patched(context_parallel.SequenceShard, "cut", _labels_on_each_rank),
+        (1, 1, 1),
+        "loss on rank 0, step 1",
         {"cp": 2, "model": "bert"},
     ),
-}  # fmt: skip
+}

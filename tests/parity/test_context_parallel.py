@@ -45,6 +45,10 @@ CASES = [
     Case(cp=2, zero=2, dropout=0.1, documents="reset"),
     Case(cp=2, dp=2, zero=3, dropout=0.1, tied=False),
     Case(cp=2, zero=3, split_layers=True, tile=2, recompute="full", **BERT, **A2A),
+    Case(cp=2, tp=2, sp=True, dropout=0.1, documents="reset", micro_batch=3),
+    Case(cp=2, tp=2, sp=True, **BERT, dropout=0.1, micro_batch=1),
+    Case(cp=2, tp=2, sp=True, **A2A, dropout=0.1, recompute="selective", tied=False),
+    Case(cp=2, tp=2, pp=2, sp=True, **BERT, dropout=0.1, micro_batches=3, zero=1),
     Case(cp=2, pp=2, vpp=2, dropout=0.1, documents="reset"),
     Case(cp=2, pp=2, schedule="zb-h1", micro_batches=3, **A2A, dropout=0.1),
 ]
