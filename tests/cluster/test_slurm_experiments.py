@@ -12,12 +12,6 @@ from pathlib import Path
 import pytest
 
 from megactl.cluster.experiments import COMMON, experiments
-from megactl.config.refused import REFUSED
-
-# Techniques of the points that this tree cannot run yet.
-UNFINISHED = {name for row in REFUSED if "not finished" in row.reason for name in row.settings} & {
-    "memory.recompute", "parallel.virtual_pipeline", "parallel.scatter_gather"
-}  # fmt: skip
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TABLE = SHARED / "sc21_experiments.md"
@@ -171,7 +165,6 @@ def test_techniques_are_given_up_by_name_only(slurm, tmp_path, monkeypatch):
     assert code == 2 and "--recompute (flag --recompute): is what figure_14 sets" in err
 
 
-@pytest.mark.skipif(bool(UNFINISHED), reason=f"{', '.join(sorted(UNFINISHED))} cannot run in this tree")
 @pytest.mark.parametrize("name", experiments())
 def test_a_point_has_the_techniques_of_the_paper(slurm, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -262,7 +255,7 @@ def test_the_user_may_change_what_the_points_have_in_common(slurm, tmp_path, mon
 
 SMALL = (
     "--tp", "1", "--hidden", "64", "--heads", "4", "--seq-length", "32", "--max-positions", "32", "--vocab", "64", "--precision", "fp32",
-    "--loss-scale", "0", "--device", "cpu", "--gpus-per-node", "0", "--ntasks-per-node", "4", "--without", "recompute", "--mock-data",
+    "--loss-scale", "0", "--device", "cpu", "--gpus-per-node", "0", "--ntasks-per-node", "4", "--mock-data",
 )  # fmt: skip
 
 
