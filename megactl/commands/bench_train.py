@@ -13,6 +13,7 @@ import typer
 
 from megactl.commands.bench_recompute import measure, write_text
 from megactl.commands.common import emit_json
+from megactl.commands.host_need import host_need, refuse_host_need
 from megactl.commands.schema_options import dressed, parameter, setting_parameters, unknown_options
 from megactl.commands.tables import markdown_table, show_table
 from megactl.config.flags import all_flags, given
@@ -86,6 +87,7 @@ def train(**options: Any) -> int:
 
 def _prepared(options: Mapping[str, Any]) -> dict[str, tuple[Resolved, Any]]:
     """(resolved run, how it starts) of each row, by its text. Raises ConfigError with every mistake of every row, each told by its row."""
+    from megactl.commands.train import memory_of
     from megactl.config.load import load
     from megactl.config.prepare import prepare
 
@@ -95,7 +97,9 @@ def _prepared(options: Mapping[str, Any]) -> dict[str, tuple[Resolved, Any]]:
     for text in options["row"]:
         try:
             loaded = load(**sources, flags=common | read_options(text), environ=os.environ)
-            found[text] = prepare(loaded, os.environ)
+            resolved, start = prepare(loaded, os.environ)
+            refuse_host_need(host_need(resolved, start, memory_of(resolved)["stages"]), resolved)
+            found[text] = resolved, start
         except ConfigError as error:
             problems += [Problem(f"--row '{text}': {item.where}", item.rule, item.instead) for item in error.problems]
     worlds = {start.world_size for _, start in found.values()}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megactl.commands.common import columns, count, emit_json, size
+from megactl.commands.host_need import host_need, host_text, refuse_host_need
 from megactl.commands.schema_options import dressed, parameter, setting_parameters, unknown_options
 from megactl.config.flags import given
 from megactl.errors import MegactlError
@@ -104,6 +105,8 @@ def plan(loaded: Loaded, resolved: Resolved, start: StartInfo) -> dict[str, Any]
     for item in resolved.derived:
         if item.key in settings:
             settings[item.key]["origin"] = f"derived: {item.reason}"
+    memory = memory_of(resolved)
+    need = host_need(resolved, start, memory["stages"])
     return {
         "world_size": start.world_size,
         "start": {"kind": start.kind, "ranks_on_this_machine": start.local_world_size, "device": run.training.device},
@@ -111,7 +114,7 @@ def plan(loaded: Loaded, resolved: Resolved, start: StartInfo) -> dict[str, Any]
         "ranks": _ranks(layout, start.world_size),
         "batch": _batch(resolved),
         "model": _model(run),
-        "memory": memory_of(resolved),
+        "memory": {**memory, "host": None if need is None else need.as_dict()},
         "schedule": schedule_of(resolved),
         "run_dir": run.logging.run_dir,
         "derived": [{"key": item.key, "value": item.value, "reason": item.reason} for item in resolved.derived],
@@ -244,12 +247,11 @@ def _cost_text(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     parts = ["weights", "gradients", "optimizer", "activations", "logits", "transient"]
     parts[3:3] = [] if not fullest["live_state"] else ["live_state"]
     state = ", ".join(f"{part.replace('_', ' ')} {size(fullest[part])}" for part in parts)
-    host = max(stage["host"] for stage in memory["stages"])
     per_rank = f"at most {count(max(model['parameters_per_rank']))} on a rank"
     return [
         ("model", f"{count(model['parameters'])} parameters, {per_rank}, {count(model['flops_per_iteration'])} FLOPs an iteration"),
         ("memory", f"{size(memory['largest_rank_bytes'])} on a rank of stage {fullest['stage']}, predicted: {state}"),
-        *([("host memory", f"at most {size(host)} a rank, predicted")] if host else []),
+        *host_text(memory["host"], max(stage["host"] for stage in memory["stages"])),
     ]
 
 
@@ -305,6 +307,7 @@ def _start(loaded: Loaded, resolved: Resolved, start: StartInfo, *, as_json: boo
 
     run_dir = resolved.run.logging.run_dir
     assert run_dir is not None
+    refuse_host_need(host_need(resolved, start, memory_of(resolved)["stages"]), resolved)
     if not start.is_first:
         return launch(resolved.run, resolved, start)
     with claim(run_dir):

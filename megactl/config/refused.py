@@ -182,21 +182,16 @@ _ZERO_ROWS = (
         "without ZeRO 3 all tiles of a matrix are there at once: they save nothing, and small products are slower",
         "--tile",
     ),
-)
-
-
-def _unfinished(name: str, applies: Callable[[Run], bool], instead: str) -> Refusal:
-    return Refusal((name,), applies, "is not finished in this tree", instead)
-
-
-# Each row goes with the commit that makes its setting work.
-_UNFINISHED: tuple[Refusal, ...] = (
-    _unfinished("memory.offload", lambda run: bool(_offloaded(run) - {"activations"}), "use --offload activations"),
+    _needs_zero_3(
+        "memory.offload",
+        lambda run: "parameters" in _offloaded(run),
+        "without ZeRO 3 all weights stay on the device between one use and the next, and none can be elsewhere",
+        "parameters in --offload",
+    ),
 )
 
 
 REFUSED: tuple[Refusal, ...] = (
-    *_UNFINISHED,
     *_ZERO_ROWS,
     Refusal(
         ("parallel.sequence_parallel", "parallel.tensor_parallel"),

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from megactl.config.schema import Model
+from megactl.costmodel.offload import host_bytes
 from megactl.costmodel.parameters import (
     ffn_width,
     first_matrix_width,
@@ -197,18 +198,19 @@ def estimate_stage(model: Model, layout: Layout, rank: int) -> MemoryEstimate:
     live = live_at_peak(layout, rank, {stage: each.device for stage, each in kept.items()})
     on_host = live_at_peak(layout, rank, {stage: each.host for stage, each in kept.items()}).total
     last = len(placed) - 1
+    units = _units(model, layout, sizes, parameters, held, last)
     return MemoryEstimate(
         stage=rank,
         parameters=parameters,
         live_microbatches=live.microbatches,
-        weights=state.weights,
+        weights=0 if "parameters" in layout.offload else state.weights,
         gradients=state.gradients,
         optimizer=0 if "optimizer" in layout.offload else state.optimizer,
         activations=live.total,
         logits=_logits(sizes, live.of_last) if last in held else 0,
         transient=_layer_transient(model, layout, sizes) + max(each.again for each in kept.values()),
-        live_state=_live_state(model, layout, sizes, parameters, held, last),
-        host=on_host + (state.optimizer if "optimizer" in layout.offload else 0),
+        live_state=_live_state(layout, units),
+        host=on_host + _host_state(layout, units),
     )
 
 
@@ -229,21 +231,31 @@ def _kept(model: Model, layout: Layout, sizes: _Sizes, stage: int, layers: int) 
     return replace(kept, device=kept.device + (_embedding(model, sizes) if stage == 0 else 0) + _rotary_tables(model, sizes))
 
 
-def _live_state(model: Model, layout: Layout, sizes: _Sizes, parameters: int, held: Sequence[int], last: int) -> int:
-    """See `zero.live_bytes`. A unit is a layer, with `split_layers` its larger half, with `tile` a part of its largest matrix."""
+def _units(model: Model, layout: Layout, sizes: _Sizes, parameters: int, held: Sequence[int], last: int) -> Units:
+    """What is gathered together: a layer, with `split_layers` its larger half, with `tile` a part of its largest matrix."""
     whole = unit_parameters(model, tp=layout.tensor_parallel, half=layout.split_layers)
     unit = whole if layout.tile == 1 else sizes.layer_matrix // layout.tile
     table = sizes.head_matrix if 0 in held or last in held else 0
+    return Units(parameters, unit, table, table_stays=0 in held and last in held and not model.untie_embeddings)
+
+
+def _live_state(layout: Layout, units: Units) -> int:
+    """See `zero.live_bytes`."""
     state = precision_sizes(layout.precision).state
     return live_bytes(
-        layout.zero,
-        Units(parameters, unit, table, table_stays=0 in held and last in held and not model.untie_embeddings),
-        replicas=layout.replicas,
-        bucket=layout.bucket_size,
-        prefetch=layout.zero_prefetch,
-        weight=state.weight,
-        gradient=state.gradient,
-    )
+        layout.zero, units, replicas=layout.replicas, bucket=layout.bucket_size, prefetch=layout.zero_prefetch,
+        weight=state.weight, gradient=state.gradient,
+    )  # fmt: skip
+
+
+def _host_state(layout: Layout, units: Units) -> int:
+    """See `offload.host_bytes`."""
+    state = precision_sizes(layout.precision).state
+    largest = max(units.layer, units.table) if layout.zero == 3 else units.parameters
+    return host_bytes(
+        layout.offload, parameters=units.parameters, zero=layout.zero, replicas=layout.replicas, weight=state.weight,
+        main=state.gradient, largest=largest // (layout.replicas if layout.zero else 1),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ class Units:
 def live_bytes(zero: int, units: Units, *, replicas: int, bucket: int, prefetch: int, weight: int, gradient: int) -> int:
     """Bytes at the fullest moment. weight, gradient: bytes of an element; bucket: elements of a gradient bucket; prefetch: units ahead.
 
-    Gradients: one bucket is filled while another travels, and what arrives is a share of one more. From stage 3 on a bucket is a unit.
+    Gradients: one bucket is filled while another travels, and what arrives of it from other replicas is a share more. From stage 3 on a
+    bucket is a unit.
     Weights (stage 3): the unit that runs, those ahead of it and one that is kept because it is likely to be next.
     """
     if zero < 2:
         return 0
     largest = max(units.layer, 0 if units.table_stays else units.table)
     filled = largest if zero == 3 else min(units.parameters, max(bucket, largest))
-    gradients = 2 * filled + filled // replicas + (units.table if units.table_stays else 0)
+    gradients = 2 * filled + (filled // replicas if replicas > 1 else 0) + (units.table if units.table_stays else 0)
     gathered = max(units.layer, units.table) + (prefetch + 1) * units.layer if zero == 3 else 0
     return gradient * gradients + weight * gathered

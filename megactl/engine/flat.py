@@ -221,13 +221,10 @@ class FlatParameters:
         self.names = {placement.spec.name for placement in self.placements}
         self._allocate()
         old = {id(spec): id(parameter) for parameter, spec in pairs}
-        views = {old[id(placement.spec)]: self._parameter(placement) for placement in self.placements}
+        views = {old[id(spec)]: view for index in range(len(self.buckets)) for spec, view in self._views(index)}
         for module in model.modules():
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, leaf, views[id(parameter)])
-        # Only now: a view of memory that is not there cannot be made.
-        for buffer in (*self.weight_buffers.values(), *self.grad_buffers.values()):
-            buffer.release()
 
     def _allocate(self) -> None:
         zero, sharded = self.sharing.zero, {index: bucket.numel for index, bucket in enumerate(self.buckets) if bucket.sharded}
@@ -244,7 +241,17 @@ class FlatParameters:
         if flat is not None:
             return flat[bucket.start : bucket.stop]
         # What autograd saves of a weight must not look changed when the weight is gathered again.
-        return buffers[index].alias() if index in buffers else torch.zeros(bucket.numel, dtype=dtype, device=self.device)
+        return buffers[index].alias if index in buffers else torch.zeros(bucket.numel, dtype=dtype, device=self.device)
+
+    def _views(self, index: int) -> list[tuple[ParameterSpec, nn.Parameter]]:
+        """The parameters of a bucket. A view of memory that is not there cannot be made, so it is there for this while."""
+        buffers = [held[index] for held in (self.weight_buffers, self.grad_buffers) if index in held]
+        for buffer in buffers:
+            buffer.allocate()
+        found = [(placement.spec, self._parameter(placement)) for placement in self.placements if placement.bucket == index]
+        for buffer in buffers:
+            buffer.release()
+        return found
 
     def _parameter(self, placement: Placement) -> nn.Parameter:
         view = nn.Parameter(self.in_bucket(self.bucket_params, placement))

@@ -22,9 +22,10 @@ from megactl.engine.activations import apply_recompute
 from megactl.engine.context_parallel import apply_context_parallel
 from megactl.engine.data_parallel import GradientReducer
 from megactl.engine.flat import FlatParameters, Placement, Sharing
-from megactl.engine.gather import DeviceShard, WeightGatherer
+from megactl.engine.gather import WeightGatherer
 from megactl.engine.mesh import Mesh, stage_ranks
 from megactl.engine.models import MODELS
+from megactl.engine.offload import make_optimizer
 from megactl.engine.sequence_parallel import mark_partial_gradients
 from megactl.engine.sharded_gradients import ShardedReducer
 from megactl.engine.tensor_parallel import apply_tensor_parallel
@@ -81,19 +82,14 @@ def build_part(run: Run, mesh: Mesh, virtual_stage: int, num_stages: int) -> Par
         model, mesh, units, dtype=compute_dtype(run), main_dtype=main_dtype(run), bucket_size=parallel.bucket_size,
         sharing=Sharing(parallel.zero or 0, parallel.persistence_threshold),
     )  # fmt: skip
-    optimizer = ShardedOptimizer(flat, mesh, run.optimizer)
-    gatherer = _gatherer(units, optimizer, parallel.zero_prefetch) if flat.weight_buffers else None
+    optimizer = make_optimizer(flat, mesh, run)
+    shards = optimizer.weight_shards()
+    gatherer = WeightGatherer(units, flat, shards, prefetch=parallel.zero_prefetch) if shards else None
     part = Part(virtual_stage, model, flat, _reducer(model, optimizer, parallel.overlap_grad_reduce), optimizer, gatherer)
     _watch(part, units)
     for placement in flat.placements:
         initialise(placement, flat, optimizer, run.training.seed)
     return part
-
-
-def _gatherer(units: list[Unit], optimizer: ShardedOptimizer, prefetch: int) -> WeightGatherer:
-    replicas, flat = optimizer.mesh.replicas, optimizer.flat
-    shards = {index: DeviceShard(optimizer.states[index].param, replicas) for index in flat.weight_buffers}
-    return WeightGatherer(units, flat, shards, prefetch=prefetch)
 
 
 def _reducer(model: nn.Module, optimizer: ShardedOptimizer, overlap: bool) -> GradientReducer | ShardedReducer:

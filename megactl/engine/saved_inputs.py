@@ -8,7 +8,7 @@ ranks, which all hold the same input, keeps its t-th part, and one all-gather of
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megactl.engine.collectives import all_gather
-from megactl.engine.host_memory import HostBuffer, HostMemory
+from megactl.engine.host_memory import CopyStream, HostBuffer, HostMemory
 from megactl.engine.mesh import Axis
 
 # Inputs on their way to the host that the device still holds. With two, one travels while the layers behind the other compute.
@@ -109,7 +109,7 @@ class HostStore:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._down, self._up = _Copies(device), _Copies(device)
+        self._down, self._up = CopyStream(device), CopyStream(device)
         self._free: list[_Slot] = []
         self._passes: list[_Pass] = []
         self._leaving: deque[HostInput] = deque()
@@ -166,28 +166,3 @@ class HostStore:
         if held.piece is None:
             held.piece = torch.empty(held.shape, dtype=held.row.dtype, device=self.device)
             held.fetched = self._up.start(partial(held.row.read, held.piece), after=[held.stored])
-
-
-class _Copies:
-    """Copies in one direction, on a stream of their own; on a CPU at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def start(self, copy: Callable[[], None], *, after: Sequence[Any]) -> Any:
-        """Copy when the computing stream has come to this point and the events `after` have passed. Returns the event of its end."""
-        if self.stream is None:
-            copy()
-            return None
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        for event in after:
-            if event is not None:
-                self.stream.wait_event(event)
-        with torch.cuda.stream(self.stream):
-            copy()
-        return self.stream.record_event()
-
-    def wait(self, event: Any) -> None:
-        """Let the computing stream wait for a copy."""
-        if event is not None and self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_event(event)

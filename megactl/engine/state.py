@@ -3,7 +3,7 @@
 Saved once: a copy of a tied weight, or of a parameter that every tensor-parallel rank holds whole, belongs to one rank; the
 weights of equal replicas to the first; with ZeRO each replica saves its own range of the optimizer's state, and with ZeRO 3 of the
 weights. Loaded by all.
-In fp32 and fp64 the weight is its own master, so no master is saved.
+In fp32 and fp64 the weight is its own master, so no master is saved; where it has a copy in host memory, both are loaded from it.
 """
 
 from __future__ import annotations
@@ -63,19 +63,24 @@ def _as_flag(flag: str, value: object) -> str:
 def pieces_to_save(parts: Sequence[Part], mesh: Mesh) -> list[Piece]:
     """This rank's share: over all ranks every element of every tensor exactly once."""
     first = mesh.replicas.rank == 0
-    pieces = [entry for part in parts for entry in _all_pieces(part, weights=first, state=part.optimizer.zero > 0 or first)]
+    pieces = [
+        entry
+        for part in parts
+        for entry in _all_pieces(part, weights=first, state=part.optimizer.zero > 0 or first, masters=part.optimizer.has_master)
+    ]
     return [piece for spec, piece in pieces if spec.counted]
 
 
 def pieces_to_load(parts: Sequence[Part], *, optimizer: bool = True) -> list[Piece]:
     """Everything this rank holds, copies included; without `optimizer` the weights and their masters only."""
     kinds = STATE_KINDS if optimizer else ("master",)
-    pieces = [piece for part in parts for _, piece in _all_pieces(part, weights=True, state=True)]
+    pieces = [piece for part in parts for _, piece in _all_pieces(part, weights=True, state=True, masters=True)]
     return [piece for piece in pieces if piece.kind == "weight" or piece.kind in kinds]
 
 
-def _all_pieces(part: Part, *, weights: bool, state: bool) -> Iterator[tuple[ParameterSpec, Piece]]:
-    kinds = tuple(kind for kind in STATE_KINDS if kind != "master" or part.optimizer.has_master)
+def _all_pieces(part: Part, *, weights: bool, state: bool, masters: bool) -> Iterator[tuple[ParameterSpec, Piece]]:
+    """`masters`: also those that are tensors of their own, which in fp32 they are in host memory alone."""
+    part.optimizer.settle()
     for placement in part.flat.placements:
         spec, sharded = placement.spec, part.flat.buckets[placement.bucket].sharded
         if weights and not sharded:
@@ -83,6 +88,7 @@ def _all_pieces(part: Part, *, weights: bool, state: bool) -> Iterator[tuple[Par
         for share in part.optimizer.states if state else ():
             low, high = max(placement.start, share.start), min(placement.stop, share.stop)
             if low < high:
+                kinds = STATE_KINDS if masters and share.master is not share.param else STATE_KINDS[1:]
                 whole = (low, high) == (placement.start, placement.stop)
                 flat_range = None if whole else (low - placement.start, high - placement.start)
                 for kind in ("param", *kinds) if sharded else kinds:

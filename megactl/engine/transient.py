@@ -10,20 +10,21 @@ reads it runs on a stream of its own; whoever starts one makes the current strea
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 
 class TransientBuffer:
-    """`numel` elements. There is memory at first, since views cannot be made without; then between `allocate` and `release`."""
+    """`numel` elements, with memory between `allocate` and `release`; views cannot be made without.
+
+    `alias` is over the same memory with a version counter of its own: what was saved of it is not stale when `whole` is filled.
+    """
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         self.whole = torch.empty(numel, dtype=dtype, device=device)
         self._storage = self.whole.untyped_storage()
         self._bytes = self._storage.nbytes()
-
-    def alias(self) -> Tensor:
-        """A tensor over the same memory with a version counter of its own: what was saved of it is not stale when `whole` is filled."""
-        return torch.empty(0, dtype=self.whole.dtype, device=self.whole.device).set_(self._storage, 0, self.whole.shape)
+        self.alias = torch.empty(0, dtype=dtype, device=device).set_(self._storage, 0, self.whole.shape)
+        # A part's buffers are made one after the other, and all at once they would be the whole model.
+        self.release()
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ the next is updated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,8 @@ from megactl.config.schema import Optimizer
 from megactl.engine import ops
 from megactl.engine.collectives import all_gather, all_reduce
 from megactl.engine.flat import Bucket, FlatParameters, Segment
+from megactl.engine.functional import Handle
+from megactl.engine.gather import DeviceShard, WeightShard
 from megactl.engine.mesh import Axis, Mesh
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -33,7 +35,7 @@ STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class BucketState:
-    """This rank's share [start, stop) of a bucket. `master` is the parameter slice itself when both have one dtype.
+    """This rank's share [start, stop) of a bucket. `master` is the parameter slice itself when both have one dtype and lie in one place.
 
     `param` and `grad` are slices of the bucket's own tensors where these are whole between steps, else all there is of them.
     """
@@ -58,7 +60,7 @@ class BucketState:
 
 
 class ShardedOptimizer:
-    """AdamW over the flat buffers of one model part."""
+    """AdamW over the flat buffers of one model part. `has_master`: the masters have digits that the weights have not."""
 
     def __init__(self, flat: FlatParameters, mesh: Mesh, config: Optimizer) -> None:
         self.flat, self.mesh, self.zero, self.config = flat, mesh, flat.sharing.zero, config
@@ -71,13 +73,31 @@ class ShardedOptimizer:
     def _state(self, index: int, bucket: Bucket) -> BucketState:
         replicas, flat = self.mesh.replicas, self.flat
         start, stop = bucket.shard(replicas.rank, replicas.size) if self.zero else (bucket.start, bucket.stop)
-        own = slice(start - bucket.start, stop - bucket.start)
-        moment = torch.zeros(stop - start, dtype=flat.main_dtype, device=flat.device)
-        param = torch.zeros_like(moment, dtype=flat.dtype) if index in flat.weight_buffers else flat.bucket_params[index][own]
-        grad = torch.zeros_like(moment) if index in flat.grad_buffers else flat.bucket_grads[index][own]
-        master = torch.zeros_like(moment) if self.has_master else param
+        own, numel = slice(start - bucket.start, stop - bucket.start), stop - start
+        param = self._new_weights(numel) if bucket.sharded else flat.bucket_params[index][own]
+        transient = index in flat.grad_buffers
+        grad = torch.zeros(numel, dtype=flat.main_dtype, device=flat.device) if transient else flat.bucket_grads[index][own]
         segments = tuple(part for segment in bucket.segments if (part := segment.within(start, stop)))
-        return BucketState(bucket, start, stop, param, grad, master, moment, torch.zeros_like(moment), segments)
+        moments = self._new_state(numel), self._new_state(numel)
+        return BucketState(bucket, start, stop, param, grad, self._master(bucket, param), *moments, segments)
+
+    def _new_weights(self, numel: int) -> Tensor:
+        """Zeros, where this rank's share of a sharded bucket's weights lives."""
+        return torch.zeros(numel, dtype=self.flat.dtype, device=self.flat.device)
+
+    def _new_state(self, numel: int) -> Tensor:
+        """Zeros, where one of STATE_KINDS lives."""
+        return torch.zeros(numel, dtype=self.flat.main_dtype, device=self.flat.device)
+
+    def _master(self, bucket: Bucket, param: Tensor) -> Tensor:
+        return self._new_state(param.numel()) if self.has_master else param
+
+    def weight_shards(self) -> dict[int, WeightShard]:
+        """How the weights of each sharded bucket come together, by the bucket's number."""
+        return {i: DeviceShard(self.states[i].param, self.mesh.replicas) for i in self.flat.weight_buffers}
+
+    def settle(self) -> None:
+        """Return once the host may read and write what this optimizer keeps in its memory."""
 
     def _norm_segments(self, bucket: Bucket) -> list[Segment]:
         # Each replica counts its own slice, with or without ZeRO, so that the sum over all ranks counts each element once.
@@ -93,31 +113,46 @@ class ShardedOptimizer:
     def step(self, *, lr: Tensor, step: Tensor, grad_scale: Tensor, skip: Tensor) -> None:
         """Update this rank's share and bring every replica's whole weights up to date. All arguments are 0-d device tensors."""
         works = []
-        for index, state in enumerate(self.states):
-            for segment in state.segments:
-                self._update(state, segment, lr=lr, step=step, grad_scale=grad_scale, skip=skip)
-            if self.zero and self.mesh.replicas.size > 1 and not state.bucket.sharded:
-                works.append(all_gather(self.flat.bucket_params[index], state.param, self.mesh.replicas.group, async_op=True))
+        for index in range(len(self.states)):
+            self._update(index, lr=lr, step=step, grad_scale=grad_scale, skip=skip)
+            works += self._gather(index)
         for work in works:
             work.wait()
 
-    def _update(self, state: BucketState, segment: Segment, **scalars: Tensor) -> None:
-        part = slice(segment.start - state.start, segment.stop - state.start)
-        config, master = self.config, state.master[part]
+    def _gather(self, index: int) -> list[Handle]:
+        """Start to bring a bucket of weights that stay whole up to date on every replica."""
+        state, replicas = self.states[index], self.mesh.replicas
+        if not self.zero or replicas.size == 1 or state.bucket.sharded:
+            return []
+        return [all_gather(self.flat.bucket_params[index], state.param, replicas.group, async_op=True)]
+
+    def _update(self, index: int, **scalars: Tensor) -> None:
+        state = self.states[index]
+        for segment in state.segments:
+            part = slice(segment.start - state.start, segment.stop - state.start)
+            master = state.master[part]
+            self._adamw(state, part, state.param[part] if self.has_master else master, master, segment.decay, scalars)
+
+    def _adamw(
+        self, state: BucketState, part: slice, param: Tensor, master: Tensor, decay: bool, scalars: Mapping[str, Tensor],
+        grad: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Update a part of a share, with its weights in `param` (`master` itself, or narrower) and, where it was copied, its `grad`."""
+        config = self.config
         ops.adamw_(
-            state.param[part] if self.has_master else master, master, state.grad[part], state.exp_avg[part], state.exp_avg_sq[part],
-            beta1=config.beta1, beta2=config.beta2, eps=config.epsilon,
-            weight_decay=config.weight_decay if segment.decay else 0.0, **scalars,
+            param, master, state.grad[part] if grad is None else grad, state.exp_avg[part], state.exp_avg_sq[part],
+            beta1=config.beta1, beta2=config.beta2, eps=config.epsilon, weight_decay=config.weight_decay if decay else 0.0, **scalars,
         )  # fmt: skip
 
     def write(self, start: int, values: Tensor) -> None:
         """Copy `values` (1-d, beginning at `start` of the flat buffers) into what this rank holds of masters and of sharded weights."""
+        self.settle()
         stop = start + values.numel()
         for state in self.states:
             low, high = max(start, state.start), min(stop, state.stop)
             if low < high:
                 part = values[low - start : high - start]
-                if self.has_master:
+                if state.master is not state.param:
                     state.slice_of("master", low, high).copy_(part)
                 if state.bucket.sharded:
                     state.slice_of("param", low, high).copy_(part)
@@ -127,6 +162,7 @@ class ShardedOptimizer:
 
         Weights that are whole between steps are not gathered again: they are this replica's.
         """
+        self.settle()
         kind = "param" if kind == "master" and not self.has_master else kind
         dtype = self.flat.dtype if kind == "param" else self.flat.main_dtype
         found = torch.zeros(self.flat.total, dtype=dtype, device=self.flat.device)
@@ -137,7 +173,8 @@ class ShardedOptimizer:
             elif state.stop - state.start == target.numel():
                 target.copy_(state.part(kind))
             else:
-                all_gather(target, state.part(kind), self.mesh.replicas.group)
+                # From host memory a share at a time: the network of the devices does not reach there.
+                all_gather(target, state.part(kind).to(target.device), self.mesh.replicas.group)
         return found
 
 

@@ -27,19 +27,41 @@ def gib(number: float) -> str:
     return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / _MIB:.0f} MiB"
 
 
-def memory_checks(system: System) -> Iterator[Check]:
-    """Memory of the host, the limit of the control groups, and what is left."""
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes: what the machine has, what it could give now, and the limit of this process's control groups (None without any)."""
+
+    total: int
+    available: int
+    limit: int | None
+
+    @property
+    def usable(self) -> int:
+        """What a new run may take."""
+        return self.available if self.limit is None else min(self.available, self.limit)
+
+
+def host_memory(system: System) -> HostMemory | None:
+    """None where /proc/meminfo cannot be read. A limit above what the machine has is none."""
     values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in (system.read("proc/meminfo") or "").splitlines() if "kB" in line}
     total, available, limit = values.get("MemTotal"), values.get("MemAvailable"), memory_limit(system)
     if total is None or available is None:
+        return None
+    return HostMemory(total, available, limit if limit is not None and limit < total else None)
+
+
+def memory_checks(system: System) -> Iterator[Check]:
+    """Memory of the host, the limit of the control groups, and what is left."""
+    found = host_memory(system)
+    if found is None:
         yield Check("host", "memory", "unknown: /proc/meminfo cannot be read", "warning", "mount /proc")
         return
-    if limit is not None and limit < total:
-        text = f"{gib(limit)} (limit of the control group; the machine has {gib(total)})"
+    if found.limit is not None:
+        text = f"{gib(found.limit)} (limit of the control group; the machine has {gib(found.total)})"
     else:
-        limit, text = None, f"{gib(total)}, {gib(available)} available"
-    key = f"{round((limit or total) / GIB)} GiB"
-    if min(available, limit or available) < _MEMORY_LOW:
+        text = f"{gib(found.total)}, {gib(found.available)} available"
+    key = f"{round((found.limit or found.total) / GIB)} GiB"
+    if found.usable < _MEMORY_LOW:
         cure = "end what uses it, or ask for more (srun --mem, docker --memory)"
         yield Check("host", "memory", text, "warning", cure, alike="warning", key=key)
     else:

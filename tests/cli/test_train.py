@@ -11,7 +11,6 @@ import pytest
 
 from megactl.cli import main
 from megactl.config.flags import all_flags
-from megactl.config.refused import REFUSED
 from megactl.config.settings import all_settings
 from megactl.config.store import read
 from megactl.storage.dataset_metadata import DatasetMetadata, write_metadata
@@ -93,9 +92,6 @@ def test_every_flag_reaches_its_setting(capsys):
         "memory.recompute_layers": ["--recompute", "full"],
         "memory.partition_activations": ["--tp", "2", "--recompute", "full"],
     }
-    # What the engine does not do yet is refused, whatever stands beside it.
-    refused_alone |= {name for row in REFUSED if row.reason == "is not finished in this tree" for name in row.settings}
-    refused_alone |= {"memory.recompute_method", "memory.recompute_layers"} if "memory.recompute" in refused_alone else set()
     checked = 0
     for flag in all_flags():
         setting = flag.setting

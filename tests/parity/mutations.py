@@ -25,6 +25,7 @@ from megactl.engine.models.layers import Linear
 from parity.faults import Mutation, changed, no_gather, nothing, patched
 from parity.mutations_context import CONTEXT
 from parity.mutations_llama import LLAMA
+from parity.mutations_offload import OFFLOAD
 from parity.mutations_pipeline import PIPELINE
 from parity.mutations_recompute import RECOMPUTE
 from parity.mutations_sequence import SEQUENCE
@@ -264,4 +265,4 @@ _BERT_MUTATIONS = {
 }
 
 _FOR_BERT = {name: replace(fault, settings={"model": "bert", **fault.settings}) for name, fault in _BERT_MUTATIONS.items()}
-MUTATIONS = _GPT_MUTATIONS | PIPELINE | RECOMPUTE | ZERO | LLAMA | CONTEXT | SEQUENCE | _FOR_BERT
+MUTATIONS = _GPT_MUTATIONS | OFFLOAD | PIPELINE | RECOMPUTE | ZERO | LLAMA | CONTEXT | SEQUENCE | _FOR_BERT

@@ -259,3 +259,38 @@ def test_each_script_says_what_it_does(name, script):
     module = script(name.removesuffix(".py"))
     assert f"scripts/bench_gpu/{name}" in module.__doc__
     assert argparse.ArgumentParser(description=module.__doc__).format_help()
+
+
+@pytest.mark.parametrize(("limit", "layers"), [(99, 8), (100, 10), (9, None), (10**9, 20)])
+def test_the_deepest_model_that_fits(script, limit, layers):
+    module = script("max_size")
+    sizes = lambda depth: module.Size("x", depth, 0, 10 * depth, 0)  # noqa: E731
+    found = module.deepest(sizes, lambda size: size.device_bytes <= limit, 2, most=20)
+    assert (found and found.layers) == layers
+
+
+def test_the_largest_model_grows_with_what_is_in_host_memory(tmp_path, script, monkeypatch):
+    module = script("max_size")
+    monkeypatch.setattr(module, "train", lambda arguments, size, left: module.Outcome(size, 1.0, 0.9 * size.device_bytes))
+    words = ["--output", str(tmp_path / "max"), "--gpu-gib", "80", "--host-gib", "1000"]
+    assert module.main(words) == 0
+    rows = records(tmp_path / "max.jsonl")
+    fitting, above = rows[::2], rows[1::2]
+    depths = [row["size"]["layers"] for row in fitting]
+    assert [row["size"]["setting"] for row in fitting] == list(module.SETTINGS) and depths == sorted(depths) and len(set(depths)) >= 4
+    for one, other in zip(fitting, above, strict=True):
+        assert one["size"]["device_bytes"] <= 0.94 * 80 * 2**30 < other["size"]["device_bytes"]
+    # A host that is too small ends the search where the GPU would not, and what it cannot hold is not started.
+    assert module.main([*words, "--host-gib", "120"]) == 0
+    rows = records(tmp_path / "max.jsonl")
+    assert rows[5]["problem"] == "not started: host memory" and rows[5]["seconds"] is None
+    assert "| trains" in (tmp_path / "max.md").read_text()
+
+
+def test_a_size_is_trained_in_a_process_of_its_own(tmp_path, script):
+    module = script("max_size")
+    arguments = argparse.Namespace(hidden=32, heads=4, seq=16, vocab=256, device="cpu")
+    found = module.train(arguments, module.predicted(arguments, "optimizer and parameters", 2), 200)
+    assert found.problem is None and found.seconds > 0 and found.peak_bytes is None
+    assert module.reason(None, "") == "took too long"
+    assert module.reason(1, "torch.OutOfMemoryError: CUDA out of memory. Tried") == "out of GPU memory"
