@@ -24,6 +24,7 @@ COMMANDS: dict[str, Row] = {
     "data": Row("megactl.commands.data:app", "Turn text into token files, inspect them, train a tokenizer."),
     "tflops": Row("megactl.commands.tflops:tflops", "TFLOP/s of a run: rule of thumb, HFU, MFU, and tables in notes."),
     "model-size": Row("megactl.commands.model_size:model_size", "Parameters and bytes of a model, by part, stage and GPU."),
+    "schedule": Row("megactl.commands.schedule:schedule", "Pipeline schedules: timelines, bubbles, live micro-batches."),
     "generate": Row("megactl.commands.generate:generate", "Sample text from what was trained."),
     "checkpoint": Row("megactl.commands.checkpoint:app", "Look into checkpoints, of megactl and of other systems."),
     "parse-logs": Row("megactl.commands.parse_logs:parse_logs", "A table, curves and comparisons out of training logs."),

@@ -32,9 +32,13 @@ class Slurm:
         )  # fmt: skip
 
     def job(self, number: str) -> dict[str, str]:
-        """The fields of `scontrol show job`."""
-        done = self.call("scontrol", "--oneliner", "show", "job", number)
-        assert done.returncode == 0, done.stderr
+        """The fields of `scontrol show job`. Asked again where a controller that gets no processor time does not answer."""
+        for pause in (1, 5, 20, 0):
+            done = self.call("scontrol", "--oneliner", "show", "job", number)
+            if done.returncode == 0:
+                break
+            time.sleep(pause)
+        assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
         return dict(re.findall(r"(\S+?)=(\S*)", done.stdout))
 
     def wait(self, number: str, reached: Callable[[dict[str, str]], bool], limit: float = 200) -> dict[str, str]:

@@ -209,7 +209,7 @@ def test_rooms_import_only_from_below_as_the_picture_in_the_readme_shows():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_is_a_run(path):
-    loaded = load(config=str(path), assignments=["data.data=corpus"] if path.stem in ("gpt-345m", "bert-345m") else [])
+    loaded = load(config=str(path), assignments=["data.data=corpus"] if path.stem in ("gpt-345m", "bert-345m", "llama-1b") else [])
     parallel = loaded.run.parallel
     ranks = parallel.tensor_parallel * parallel.pipeline_parallel * (parallel.data_parallel or 1)
     gpus = ranks if loaded.run.training.device == "cuda" else 0

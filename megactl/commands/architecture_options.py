@@ -216,11 +216,20 @@ def _with_heads(request: Request) -> Request:
 
 def _broken_rules(request: Request) -> list[Problem]:
     from megactl.config.checks import machine_independent
+    from megactl.config.pipeline_split import model_chunks
     from megactl.config.settings import replace
 
     # Where the tokens come from is no question here, and without a model none that its widths divide.
     run = replace(request.run, {"data.data": None, "data.mock_data": True, "data.data_cache": None})
     if not request.named:
-        tp, pp = run.parallel.tensor_parallel, run.parallel.pipeline_parallel
-        run = replace(run, {"model.num_layers": max(1, pp), "model.hidden_size": max(1, tp), "model.num_heads": max(1, tp)})
+        tp, stages = run.parallel.tensor_parallel, run.parallel.pipeline_parallel * model_chunks(run.parallel)
+        run = replace(
+            run,
+            {
+                "parallel.pipeline_split": None,
+                "model.num_layers": max(1, stages),
+                "model.hidden_size": max(1, tp),
+                "model.num_heads": max(1, tp),
+            },
+        )
     return machine_independent(run, request.origins)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +33,8 @@ megactl model-size --preset bert-large --json
 megactl model-size --preset gpt-18b --suggest-layout --gpus 64 --gpus-per-node 8 --gpu a100-80"""
 
 _PARALLEL = ("parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.data_parallel", "parallel.zero")
-_SETTINGS = (*ARCHITECTURE, *_PARALLEL, "training.micro_batch_size", "training.precision")
+_STAGES = ("parallel.virtual_pipeline", "parallel.schedule", "parallel.pipeline_split")
+_SETTINGS = (*ARCHITECTURE, *_PARALLEL, *_STAGES, "training.micro_batch_size", "training.precision")
 _PANEL = "Layout by rule of thumb"
 _TEXTS = {
     "gpus": TextOption(("--gpus", "--ng", "--num-gpus", "--world-size"), "N", "GPUs in all.", _PANEL),
@@ -50,13 +51,16 @@ _FORMULA = "l(12h^2 + 13h) + vh + sh + 2h"
 
 @dataclass(frozen=True)
 class Spread:
-    """How the model is spread over GPUs, and with which types."""
+    """How the model is spread over GPUs, and with which types. The last three say which layers a pipeline rank holds."""
 
     tp: int
     pp: int
     dp: int
     zero: int
     precision: str
+    schedule: str = "1f1b"
+    virtual_pipeline: int = 1
+    split: str | None = None
 
 
 @with_settings(*_SETTINGS, help=_HELP, epilog=_EPILOG, texts=_TEXTS)
@@ -129,6 +133,12 @@ def _settings_problems(request: Request, *, suggest: bool) -> list[Problem]:
         if request.origins[f"parallel.{name}"].startswith("flag"):
             typed = request.origins[f"parallel.{name}"].removeprefix("flag ")
             found.append(Problem(f"{typed} {request.given(f'parallel.{name}')}", "is what --suggest-layout chooses", "leave one out"))
+    for name in _STAGES if suggest else ():
+        if request.origins[name].startswith("flag"):
+            typed = request.origins[name].removeprefix("flag ")
+            found.append(
+                Problem(f"{typed} {request.given(name)}", "is no part of --suggest-layout: one equal stage a rank", "leave one out")
+            )
     if not suggest and request.origins["training.micro_batch_size"].startswith("flag"):
         where = f"--mbs {request.given('training.micro_batch_size')}"
         found.append(Problem(where, "changes activations only, which --suggest-layout counts", "leave it out"))
@@ -145,11 +155,12 @@ def _spread(request: Request, assumed: dict[str, Any]) -> Spread:
         zero = int(dp > 1)
         if zero:
             assumed["zero"] = zero
-    return Spread(parallel.tensor_parallel, parallel.pipeline_parallel, dp, zero, precision)
+    degrees = (parallel.tensor_parallel, parallel.pipeline_parallel, dp, zero, precision)
+    return Spread(*degrees, parallel.schedule, parallel.virtual_pipeline, parallel.pipeline_split)
 
 
 def _suggest(request: Request, chosen: Mapping[str, Any], spread: Spread, assumed: dict[str, Any]) -> tuple[dict[str, Any], Spread]:
-    """The suggested layout as JSON has it, and the spread it gives."""
+    """The suggested layout as JSON has it, and the spread it gives: one equal stage a rank, whatever a file says."""
     from megactl.costmodel.layout_rule import FRAGMENTATION, RESERVED_GIB, check_layout, suggest_layout
 
     node, memory, micro = chosen["gpus_per_node"], chosen["memory"], request.given("training.micro_batch_size")
@@ -182,7 +193,7 @@ def _suggest(request: Request, chosen: Mapping[str, Any], spread: Spread, assume
         "reserved_gib": RESERVED_GIB,
         "fragmentation": FRAGMENTATION,
     }
-    return document, replace(spread, **degrees, zero=zero or 0)
+    return document, Spread(**degrees, zero=zero or 0, precision=spread.precision)
 
 
 def _document(request: Request, spread: Spread, suggested: dict[str, Any] | None, assumed: dict[str, Any]) -> dict[str, Any]:
@@ -240,19 +251,24 @@ def _padding(request: Request, spread: Spread) -> dict[str, int]:
 
 def _per_gpu(request: Request, spread: Spread) -> dict[str, Any]:
     from megactl.costmodel.memory import model_state
-    from megactl.costmodel.parameters import split_layers, stage_parts
+    from megactl.costmodel.parameters import split_layers, stage_parts, stage_ranks
 
-    stages = []
-    layers = split_layers(request.model.num_layers, spread.pp)
-    for stage in range(spread.pp):
-        parts = stage_parts(request.model, tp=spread.tp, num_stages=spread.pp, stage=stage, seq_length=request.seq_length)
+    placed, stages = stage_ranks(spread.pp, spread.schedule, spread.virtual_pipeline), []
+    layers = split_layers(request.model.num_layers, len(placed), spread.split)
+    shape = {"tp": spread.tp, "num_stages": len(placed), "seq_length": request.seq_length, "split": spread.split}
+    for rank in range(spread.pp):
+        held_stages = [stage for stage, owner in enumerate(placed) if owner == rank]
+        each = [stage_parts(request.model, stage=stage, **shape) for stage in held_stages]
+        parts = {part: sum(stage[part] for stage in each) for part in each[0]}
         parameters = sum(parts.values())
         state = model_state(parameters, spread.precision, zero=spread.zero, data_parallel=spread.dp)
         held = {"parameters": parameters, **asdict(state), "total": state.total}
-        stages.append({"stage": stage, "layers": len(layers[stage]), **held, "parts": parts})
+        count_layers = sum(len(layers[stage]) for stage in held_stages)
+        stages.append({"stage": rank, "layers": count_layers, **held, "parts": parts})
     fullest = max(stages, key=lambda stage: stage["total"])
     named = {key: fullest[key] for key in ("stage", "parameters", "weights", "gradients", "optimizer", "total")}
-    return {"tp": spread.tp, "pp": spread.pp, "dp": spread.dp, "zero": spread.zero, **named, "stages": stages}
+    chunks = len(placed) // spread.pp
+    return {"tp": spread.tp, "pp": spread.pp, "chunks": chunks, "dp": spread.dp, "zero": spread.zero, **named, "stages": stages}
 
 
 def _text(document: Mapping[str, Any]) -> list[str]:
@@ -297,7 +313,8 @@ def _bytes_text(document: Mapping[str, Any]) -> list[str]:
         rows.append((name, str(stage["layers"]), count(stage["parameters"]), *_sizes(stage)))
     lines = [f"bytes in {whole['precision']}, activations apart:", *_right(rows)]
     if not alone:
-        spread = f"tp {gpu['tp']}, pp {gpu['pp']}, dp {gpu['dp']}, ZeRO {gpu['zero']}"
+        chunks = f" with {gpu['chunks']} chunks a rank" if gpu["chunks"] > 1 else ""
+        spread = f"tp {gpu['tp']}, pp {gpu['pp']}{chunks}, dp {gpu['dp']}, ZeRO {gpu['zero']}"
         padding = document["padding"]
         padded = f"; vocabulary padded by {padding['rows']} rows to {padding['padded_vocab']}" if padding["rows"] else ""
         lines.append(f"  {spread}{padded}")

@@ -181,11 +181,20 @@ def _exact(values: Values, request: Request, found: Utilization) -> dict[str, An
 
 
 def _formula(request: Request) -> dict[str, str]:
-    """The formulas in words of the field: T tokens of an iteration, s of a sequence, l layers, h hidden, v vocabulary, f MLP width."""
+    """The formulas in words of the field: T tokens of an iteration, s of a sequence, l layers, h hidden, v vocabulary, f MLP width.
+
+    Where heads share keys, k is the width of all keys; SwiGLU has a third matrix.
+    """
+    from megactl.costmodel.parameters import key_value_width
+
+    model = request.model
+    grouped = model.key_value_heads != model.num_heads
+    attention, mlp = "2 h^2 + 2 h k" if grouped else "4 h^2", "3 h f" if model.activation == "swiglu" else "2 h f"
+    keys = f", with k {key_value_width(model)}" if grouped else ""
     bert = request.model.architecture == "bert"
     head = "h(v + h)" if bert else "h v"
     sentence = " + the sentence head once a sequence" if bert and request.model.sentence_head is not False else ""
-    forward = f"F = 2 T (l (4 h^2 + 2 h f) + {head}) + 4 T s h l{sentence}"
+    forward = f"F = 2 T (l ({attention} + {mlp}) + {head}) + 4 T s h l{sentence}{keys}"
     again = {"hfu": "3 F + what is recomputed (full: F without its head; selective: 4 T s h l)", "mfu": "3 F"}
     return {"forward": forward, **again, "causal_mfu": "3 F" if bert else "3 F with 2 T s h l for attention"}
 

@@ -115,6 +115,7 @@ def plan(loaded: Loaded, resolved: Resolved, start: StartInfo) -> dict[str, Any]
         "batch": _batch(resolved),
         "model": _model(run),
         "memory": {**memory, "host": None if need is None else need.as_dict()},
+        "schedule": schedule_of(resolved),
         "run_dir": run.logging.run_dir,
         "derived": [{"key": item.key, "value": item.value, "reason": item.reason} for item in resolved.derived],
         "settings": settings,
@@ -203,6 +204,43 @@ def memory_of(resolved: Resolved) -> dict[str, Any]:
     return {"largest_rank_bytes": max(stage["total"] for stage in stages), "stages": stages}
 
 
+def schedule_of(resolved: Resolved) -> dict[str, Any] | None:
+    """What the pipeline loses: idle over computing time where stages are equal, a backward takes twice a forward and transfers are free.
+
+    None without a pipeline.
+    """
+    parallel, batch = resolved.run.parallel, resolved.batch
+    if parallel.pipeline_parallel == 1:
+        return None
+    from megactl.schedules import generate, num_chunks, simulate
+
+    micro_batches = batch.global_batch_size // (batch.micro_batch_size * batch.data_parallel)
+    chunks = num_chunks(parallel.schedule, parallel.virtual_pipeline)
+    made = generate(parallel.schedule, num_ranks=parallel.pipeline_parallel, num_microbatches=micro_batches, chunks=chunks)
+    return {
+        "name": parallel.schedule,
+        "chunks": chunks,
+        "stage_to_rank": list(made.stage_to_rank),
+        "bubble": simulate(made).bubble_fraction,
+    }
+
+
+def _schedule_text(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    schedule = document["schedule"]
+    if schedule is None:
+        return []
+    name, chunks = schedule["name"], schedule["chunks"]
+    vpp = f" --vpp {chunks}" if name == "1f1b" and chunks > 1 else ""
+    command = f"megactl schedule {name} --pp {document['layout']['pp']}{vpp} --micro-batches {document['batch']['micro_batches']}"
+    held = f", {chunks} chunks a rank" if chunks > 1 else ""
+    return [
+        (
+            "schedule",
+            f"{name}{held}: a bubble of {100 * schedule['bubble']:.1f} % of the computing time, with equal stages; drawn by {command}",
+        )
+    ]
+
+
 def _cost_text(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, memory = document["model"], document["memory"]
     fullest = max(memory["stages"], key=lambda stage: stage["total"])
@@ -231,6 +269,7 @@ def plan_text(document: Mapping[str, Any], resolved: Resolved, loaded: Loaded) -
             f"{batch['micro_batch_size']} on each replica{growth}",
         ),
         ("length", f"{batch['iterations']} iterations, {count(batch['samples'])} sequences, {count(batch['tokens'])} tokens"),
+        *_schedule_text(document),
         *_cost_text(document),
         ("run dir", document["run_dir"]),
     ]

@@ -1,7 +1,8 @@
-"""How a message names a setting: as the user wrote it, with where the value came from when that was not the command line."""
+"""How settings are shown: in a message as the user wrote them and where, in a log as Megatron-LM prints its arguments."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,15 @@ class Names:
             text = f"{setting.flag} {_plain(value)}"
         origin = self.origins.get(name, "flag")
         return text if origin.startswith(("flag ", "--set ")) or origin == "flag" else f"{text} ({origin})"
+
+
+def arguments_block(run: Run, world_size: int) -> list[str]:
+    """Model, layout and batch of a run as the lines of Megatron-LM's arguments block, which every reader of its logs knows."""
+    values = {"world_size": world_size}
+    for section in ("model", "parallel", "memory", "training"):
+        values |= dataclasses.asdict(getattr(run, section))
+    title, end = (f"{'-' * 20} {words} {'-' * 20}" for words in ("arguments", "end of arguments"))
+    return [title, *(f"  {name} {'.' * max(3, 40 - len(name))} {value}" for name, value in values.items()), end]
 
 
 def _plain(value: Any) -> str:

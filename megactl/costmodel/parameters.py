@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 from math import lcm
 
-from megactl.config.pipeline_split import SplitError, stage_layers
 from megactl.config.schema import Model
 from megactl.errors import ConfigError, Problem
 
@@ -62,6 +61,9 @@ def split_layers(num_layers: int, num_stages: int, split: str | None = None) -> 
     Raises ConfigError where that is not possible.
     """
     if split is not None:
+        # Hardly any desk command is asked for one.
+        from megactl.config.pipeline_split import SplitError, stage_layers
+
         try:
             counts = stage_layers(num_layers, num_stages, split)
         except SplitError as error:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megactl.config.schema import Run
+from megactl.config.shown import arguments_block
 from megactl.config.validate import Resolved
 from megactl.engine import checkpoint
 from megactl.engine.attention import gives_masks, preferred_attention
@@ -225,6 +226,9 @@ class Trainer:
         training = self.run.training
         if self.progress.iteration >= training.iterations:
             self.say(f"nothing to do: {self.progress.iteration} of {training.iterations} iterations are done")
+        elif self.context.terminal_fd is None:
+            # Into a log, which is read without its run directory; on a terminal nobody asked for sixty lines.
+            self.say("\n".join(arguments_block(self.run, self.mesh.world_size)))
         if self._lacks_evaluation():
             self._evaluate()
         stopped = False

@@ -79,7 +79,7 @@ def bounds(curves: Sequence[Curve], *, log: bool = False, robust: bool = False) 
     values = values[values > 0] if log else values
     if len(values) == 0:
         return (1.0, 10.0) if log else (0.0, 1.0)
-    low, high = (np.percentile(values, [1, 99]) if robust and len(values) >= 20 else (values.min(), values.max()))
+    low, high = np.percentile(values, [1, 99]) if robust and len(values) >= 20 else (values.min(), values.max())
     if low == high:
         pad = abs(low) * 0.05 or 0.5
         return (float(low) / 1.1, float(low) * 1.1) if log else (float(low - pad), float(high + pad))

@@ -75,7 +75,7 @@ GENERATORS: Mapping[str, Generator] = MappingProxyType(
             max_live=lambda stage, num_ranks, num_microbatches, chunks: handcrafted_max_live(num_ranks, num_microbatches, 1),
             rank_live=lambda rank, num_ranks, num_microbatches, chunks: handcrafted_max_live(num_ranks, num_microbatches, 1),
             splits_backward=True,
-            source="Qi et al. 2023, arXiv:2401.10241, section 3",
+            source="Qi et al. 2023, arXiv:2401.10241, section 2",
         ),
         "zb-h2": Generator(
             order=zb_h2_order,
@@ -83,7 +83,7 @@ GENERATORS: Mapping[str, Generator] = MappingProxyType(
             max_live=lambda stage, num_ranks, num_microbatches, chunks: handcrafted_max_live(num_ranks, num_microbatches, 2),
             rank_live=lambda rank, num_ranks, num_microbatches, chunks: handcrafted_max_live(num_ranks, num_microbatches, 2),
             splits_backward=True,
-            source="Qi et al. 2023, arXiv:2401.10241, section 3",
+            source="Qi et al. 2023, arXiv:2401.10241, section 2",
         ),
         "zb-v": Generator(
             order=zb_v_order,

@@ -32,8 +32,19 @@ def validate_lowered(lowered: LoweredSchedule) -> None:
     """
     computations = lowered.computations()
     validate(computations)
-    steps = [_RankCheck(lowered, rank, computations.programs[rank]).run(lowered.programs[rank]) for rank in range(lowered.num_ranks)]
+    for rank, program in enumerate(lowered.programs):
+        _RankCheck(lowered, rank, computations.programs[rank]).run(program)
+    check_exchanges(lowered)
+
+
+def check_exchanges(lowered: LoweredSchedule) -> None:
+    """The rules of `validate_lowered` on how ranks meet, which hold for forwards alone as well. Raises ScheduleError.
+
+    Every rank's own program is taken to be right: complete, and each transfer received before it is used.
+    """
     _check_pairs(lowered)
+    numbers = _Numbers(lowered)
+    steps = [_steps(lowered, rank, numbers) for rank in range(lowered.num_ranks)]
     _Rendezvous(lowered, steps, blocking=False).run()
     _Rendezvous(lowered, steps, blocking=True).run()
 
@@ -78,17 +89,14 @@ class _RankCheck:
         self.lowered, self.rank, self.numbers = lowered, rank, _Numbers(lowered)
         self.slots = {(a.virtual_stage, a.microbatch): a.slot for a in computations}
         self.to_send: set[int] = set()
-        # Of each received transfer the batch that brought it.
-        self.received: dict[int, tuple[int, ...]] = {}
+        self.received: set[int] = set()
         self.owners: dict[tuple[int, int], int] = {}
         self.gradients_left = {stage: lowered.num_microbatches for stage in lowered.stages_of(rank)}
         self.reduced: set[int] = set()
         self.sharded = {a.virtual_stage for a in lowered.programs[rank] if isinstance(a, Action) and a.kind in (Kind.UNSHARD, Kind.RESHARD)}
         self.gathered: set[int] = set()
-        self.steps: list[_Step] = []
 
-    def run(self, program: tuple[Item, ...]) -> list[_Step]:
-        """Raise at the first broken rule; returns what other ranks have to do with."""
+    def run(self, program: tuple[Item, ...]) -> None:
         for position, item in enumerate(program):
             if isinstance(item, Exchange):
                 self._exchange(position, item.actions)
@@ -97,20 +105,14 @@ class _RankCheck:
             else:
                 self._whole_stage(position, item)
         self._finish()
-        return self.steps
 
     def _exchange(self, position: int, actions: tuple[Action, ...]) -> None:
         if not actions:
             raise broken(self.rank, position, "an exchange without sends or receives")
-        ends = []
         for action in actions:
             self._check_ends(position, action)
             end = self.numbers.end(action)
             (self._receive if end % 2 else self._send)(position, action, end // 2)
-            ends.append(end)
-        batch = tuple(ends)
-        self.received.update((end // 2, batch) for end in ends if end % 2)
-        self.steps.append(_Step(position, batch, ()))
 
     def _check_ends(self, position: int, action: Action) -> None:
         if action.kind not in (Kind.SEND, Kind.RECV) or action.payload not in ("activation", "gradient"):
@@ -133,7 +135,7 @@ class _RankCheck:
     def _receive(self, position: int, action: Action, transfer: int) -> None:
         if transfer in self.received:
             raise broken(self.rank, position, f"{action}: received twice")
-        self.received[transfer] = ()
+        self.received.add(transfer)
         buffer = (action.virtual_stage, action.slot)
         if action.payload == "activation":
             if buffer in self.owners:
@@ -160,10 +162,8 @@ class _RankCheck:
 
     def _move(self, position: int, action: Action, source: int, needed: int, target: int, made: int) -> None:
         """A computation that reads transfer `needed` from stage `source` and makes `made` for stage `target`, where they are others'."""
-        if 0 <= source < self.lowered.num_stages and source not in self.gradients_left:
-            if needed not in self.received:
-                raise broken(self.rank, position, f"{action} runs before the {self.numbers.transfer(needed)} is received")
-            self.steps.append(_Step(position, (), self.received[needed]))
+        if 0 <= source < self.lowered.num_stages and source not in self.gradients_left and needed not in self.received:
+            raise broken(self.rank, position, f"{action} runs before the {self.numbers.transfer(needed)} is received")
         if 0 <= target < self.lowered.num_stages and target not in self.gradients_left:
             self.to_send.add(made)
 
@@ -213,6 +213,23 @@ def _check_pairs(lowered: LoweredSchedule) -> None:
             if there != here:
                 sends = f"which sends the {numbers.transfer(there)} at that point"
                 raise broken(pair[1], position, f"receives the {numbers.transfer(here)} from rank {pair[0]}, {sends}")
+
+
+def _steps(lowered: LoweredSchedule, rank: int, numbers: _Numbers) -> list[_Step]:
+    """What of one rank's program other ranks have to do with, in order."""
+    steps, batch_of = [], {}
+    for position, item in enumerate(lowered.programs[rank]):
+        if isinstance(item, Exchange):
+            batch = tuple(numbers.end(action) for action in item.actions)
+            batch_of.update((end // 2, batch) for end in batch if end % 2)
+            steps.append(_Step(position, batch, ()))
+        elif item.kind is Kind.F or item.kind in INPUT_GRADIENT:
+            stage = item.virtual_stage + (-1 if item.kind is Kind.F else 1)
+            needed = stage * numbers.count + item.microbatch + (0 if item.kind is Kind.F else numbers.gradients)
+            # Nothing at the ends of the pipeline, nor from a stage of the same rank.
+            if needed in batch_of:
+                steps.append(_Step(position, (), batch_of[needed]))
+    return steps
 
 
 class _Rendezvous:

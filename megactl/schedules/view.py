@@ -6,13 +6,15 @@ from megactl.schedules.actions import Action, Schedule
 from megactl.schedules.simulation import Timeline, simulate
 
 
-def text_view(schedule: Schedule, forward: float = 1.0, backward: float = 2.0, *, max_width: int | None = None) -> str:
-    """ASCII timeline of the schedule under the given durations, with makespan and bubble in the last line.
+def text_view(
+    schedule: Schedule, forward: float = 1.0, backward: float = 2.0, *, timeline: Timeline | None = None, max_width: int | None = None
+) -> str:
+    """ASCII timeline of the schedule under the given durations, or `timeline`, with makespan and bubble in the last line.
 
     `F3` is the forward of micro-batch 3, `B3===` its backward, `I3`/`W3` a split one; with more than one stage a rank the
     virtual stage follows the micro-batch (`F3.5`). Idle time is dots. `max_width` cuts long rows (the cut ends in '>').
     """
-    timeline = simulate(schedule, forward, backward)
+    timeline = simulate(schedule, forward, backward) if timeline is None else timeline
     folded = schedule.num_stages > schedule.num_ranks
     columns = _columns_per_unit(timeline, folded)
     margin = len(f"rank {schedule.num_ranks - 1}")

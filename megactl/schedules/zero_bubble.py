@@ -1,7 +1,7 @@
 """Zero-bubble schedules: backward in two parts, so that weight gradients, for which nobody waits, fill the gaps.
 
 I (input gradient) is on the pipeline's critical path; W (weight gradient) may come any time after it. ZB-H1 and ZB-H2: Qi et al. 2023,
-arXiv:2401.10241, section 3 (its figures 2 and 3). ZB-V: Qi et al. 2024, arXiv:2405.15362, V-ZB. All three are built for equal times of
+arXiv:2401.10241, section 2 (its figure 3). ZB-V: Qi et al. 2024, arXiv:2405.15362, V-ZB. All three are built for equal times of
 F, I and W.
 """
 

@@ -37,10 +37,17 @@ def parse_data(text: str) -> DataSpec:
         bad = next((weight for weight in weights if not math.isfinite(weight) or weight <= 0), None)
         if bad is not None:
             raise DataError(f"--data {text!r}: weight {bad:g} must be a positive number", "leave the dataset out instead")
-        return DataSpec(tuple(clean_prefix(word) for word in words[1::2]), weights)
+        return DataSpec(_prefixes(text, words[1::2]), weights)
     if any(number is not None for number in numbers):
         raise DataError(f"--data {text!r}: weights and prefixes must alternate, or there are no weights at all", example)
-    return DataSpec(tuple(clean_prefix(word) for word in words), None)
+    return DataSpec(_prefixes(text, words), None)
+
+
+def _prefixes(text: str, words: list[str]) -> tuple[Path, ...]:
+    prefixes = tuple(clean_prefix(word) for word in words)
+    if not all(prefix.name for prefix in prefixes):
+        raise DataError(f"--data {text!r}: a prefix must end in a name, not in a folder", "give the path of the pair without .bin or .idx")
+    return prefixes
 
 
 def _number(word: str) -> float | None:

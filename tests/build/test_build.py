@@ -200,8 +200,16 @@ def test_pins_cover_the_requirements(repository):
         assert requirement.specifier.contains(pins[requirement.name.lower()]), text
 
 
+# These take most of the time of all; they share their headers with those that are compiled always.
+LONG_KERNELS = ("cross_entropy", "gelu", "norm_backward", "norm_forward", "random", "softmax")
+KERNELS = [
+    pytest.param(path.name, marks=pytest.mark.nightly if path.stem in LONG_KERNELS else ())
+    for path in sorted((Path(_build.__file__).parent / "csrc/kernels/cuda").glob("*.cu"))
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("source", [path.name for path in sorted((Path(_build.__file__).parent / "csrc/kernels/cuda").glob("*.cu"))])
+@pytest.mark.parametrize("source", KERNELS)
 def test_cuda_kernels_compile(repository, tmp_path, source):
     nvcc = shutil.which("nvcc")
     if nvcc is None:

@@ -255,7 +255,7 @@ def test_the_user_may_change_what_the_points_have_in_common(slurm, tmp_path, mon
 
 SMALL = (
     "--tp", "1", "--hidden", "64", "--heads", "4", "--seq-length", "32", "--max-positions", "32", "--vocab", "64", "--precision", "fp32",
-    "--loss-scale", "0", "--device", "cpu", "--gpus-per-node", "0", "--ntasks-per-node", "4", "--without", "recompute", "--mock-data",
+    "--loss-scale", "0", "--device", "cpu", "--gpus-per-node", "0", "--ntasks-per-node", "4", "--mock-data",
 )  # fmt: skip
 
 

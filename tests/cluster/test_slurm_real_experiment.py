@@ -30,7 +30,7 @@ def megactl(real_slurm, tmp_path):
 
 def test_from_the_paper_to_its_figure(real_slurm, megactl, tmp_path):
     command = f"env PYTHONPATH={ROOT} OMP_NUM_THREADS=1 {sys.executable} -m megactl"
-    more = ("--iterations", "6", "--log-interval", "1", "--lr-decay-iterations", "6", "--warmup", "1", "--time", "0:20:00")
+    more = ("--mbs", "8", "--iterations", "6", "--log-interval", "1", "--lr-decay-iterations", "6", "--warmup", "1", "--time", "0:20:00")
     megactl("slurm", "render", "--experiment", NAME, *SMALL, *more, "--command", command)
     jobs = json.loads(megactl("slurm", "submit", "--experiment", NAME, "--json", limit=300))["jobs"]
     points = {f"{NAME}-{row.point}": row for row in experiments()[NAME].rows}

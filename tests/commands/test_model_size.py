@@ -166,3 +166,24 @@ def test_mistakes_are_one_message(line: str, expected: list[str], command) -> No
     assert code == 2 and out == "" and "Traceback" not in err
     assert all(start in err for start in expected), err
     assert err.count("\n  - ") == (len(expected) if len(expected) > 1 else 0)
+
+
+def test_gpus_of_stages_that_are_not_one_equal_run_each(document) -> None:
+    line = "--preset gpt-345m --pp 4"
+    plain, chunks, folded, uneven = (
+        document(f"{line} {more}")["per_gpu"] for more in ("", "--vpp 3", "--schedule zb-v", "--pp-split embedding,head")
+    )
+    assert plain["chunks"] == uneven["chunks"] == 1 and chunks["chunks"] == 3 and folded["chunks"] == 2
+    # Interleaving changes which layers a rank holds, not how many; the V brings the head to the first rank.
+    assert [stage["parameters"] for stage in chunks["stages"]] == [stage["parameters"] for stage in plain["stages"]]
+    ends = plain["stages"][0]["parameters"] + plain["stages"][3]["parameters"] - plain["stages"][1]["parameters"]
+    assert [stage["parameters"] for stage in folded["stages"]] == [ends, *[plain["stages"][1]["parameters"]] * 3]
+    assert [stage["layers"] for stage in uneven["stages"]] == [5, 7, 7, 5]
+    assert uneven["total"] < plain["total"]
+
+
+def test_a_suggested_layout_has_one_equal_stage_a_rank(command) -> None:
+    line = "--preset gpt-345m --suggest-layout --gpus 8"
+    code, _, err = command(f"{line} --schedule gpipe")
+    assert code == 2 and "--schedule gpipe: is no part of --suggest-layout: one equal stage a rank" in err
+    assert [command(f"{line} {more}")[0] for more in ("--pp-split embedding", "--schedule zb-v", "--vpp 2")] == [2, 2, 2]

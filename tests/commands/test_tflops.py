@@ -147,6 +147,15 @@ def test_recomputation_and_the_exact_figures(command, document) -> None:
     assert all(word in text for word in ("HFU", "MFU", "causal MFU", "forward:", "125 TFLOP/s (V100 SXM, dense fp16)", "Korthikanti"))
 
 
+def test_the_formula_of_a_llama(document) -> None:
+    found = document("--preset llama-8b --gbs 128 --sec 20")
+    forward = found["exact"]["formula"]["forward"]
+    assert forward == "F = 2 T (l (2 h^2 + 2 h k + 3 h f) + h v) + 4 T s h l, with k 1024"
+    tokens, layers, h, k, f, v, s = 128 * 8192, 32, 4096, 1024, 14336, 128256, 8192
+    by_hand = 2 * tokens * (layers * (2 * h * h + 2 * h * k + 3 * h * f) + h * v) + 4 * tokens * s * h * layers
+    assert found["exact"]["model_flops"] == 3 * by_hand
+
+
 def test_bert_looks_both_ways(document) -> None:
     exact = document("--preset bert-large --gbs 256 --ng 8 --sec 0.5 --recompute none --gpu H100")["exact"]
     assert exact["mfu"] == exact["causal_mfu"] == exact["hfu"] and exact["peak_tflops"] == 989

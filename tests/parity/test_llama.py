@@ -35,6 +35,8 @@ CASES = [
     llama(cp=2, dropout=0.1, documents="reset"),
     llama(cp=2, tp=2, documents="positions"),
     llama(cp=4, cp_method="all-to-all", tied=True),
+    llama(tp=2, sp=True, dropout=0.1, bias=True),
+    llama(tp=2, cp=2, sp=True, recompute="full"),
     llama(dp=2, zero=3, micro_batches=3, threshold=0, recompute="full"),
     llama(dp=2, zero=3, tp=2, tile=2, split_layers=True, bias=True),
     # Each part beside what a plain GPT has otherwise.

@@ -13,8 +13,7 @@ from megactl.engine import pipeline, training_step
 from megactl.engine.collectives import exchange
 from megactl.engine.data_parallel import GradientReducer
 from megactl.engine.trace import Recorder, Span
-from megactl.schedules import Kind, Schedule, build, generate, simulate
-from megactl.schedules.simulation import needs_of, results_of
+from megactl.schedules import Kind, Schedule, build, generate, in_slots, premature
 from parity.cases import Case, with_settings
 from parity.comparison import deviations, differing_bits
 from parity.harness import Parity
@@ -250,21 +249,14 @@ TRACED = [
 @pytest.mark.parametrize(("case", "bubble"), TRACED, ids=lambda value: value.name if isinstance(value, Case) else "")
 def test_the_bubble_of_what_was_executed_is_the_published_one(parity: Parity, pools: Pools, case: Case, bubble: float):
     """Counted in slots: the computations in the order in which the ranks ran them, each as soon as its inputs were there."""
-    spans = pools.run(case.world_size, trace, case, parity.corpus(case))
-    orders = [[(a.kind, a.virtual_stage, a.microbatch) for _, a, _, _ in row] for row in spans]
-    stages = training_step.stage_ranks(case.run().parallel)
-    executed = build("executed", orders, num_microbatches=case.micro_batches, stage_to_rank=stages)
-    rows = simulate(executed, forward=1.0, backward=2.0).spans
+    rows = pools.run(case.world_size, trace, case, parity.corpus(case))
+    spans, stages = [span for row in rows for span in row], training_step.stage_ranks(case.run().parallel)
+    counted = in_slots(spans, stages)
     # Slots without work between a rank's first and last computation: the next step may begin where this one has ended.
-    busy = [sum(span.end - span.start for span in row) for row in rows]
-    idle = [row[-1].end - row[0].start - slots for row, slots in zip(rows, busy, strict=True)]
-    assert max(idle) / max(busy) == pytest.approx(bubble, abs=1e-12)
+    assert counted.own_bubble / counted.ideal == pytest.approx(bubble, abs=1e-12)
     # The clock is one for all processes of a host: nothing began before what it reads was there.
-    ended = {made: end for row in spans for _, action, _, end in row for made in results_of(action)}
-    for row in spans:
-        assert all(before[3] <= after[2] for before, after in pairwise(row))
-        for _, action, start, _ in row:
-            assert all(ended[need] <= start for need in needs_of(action, len(stages)))
+    assert all(before[3] <= after[2] for row in rows for before, after in pairwise(row))
+    assert premature(spans, len(stages)) == []
 
 
 def test_buckets_leave_while_weight_gradients_are_computed(parity: Parity, pools: Pools):

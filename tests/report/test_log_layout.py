@@ -55,6 +55,8 @@ def test_the_names_of_each_era():
         ({"checkpoint_activations": "True"}, "full"),
         ({"checkpoint_activations": "False"}, "none"),
         ({"gradient_checkpointing": "true"}, "full"),
+        ({"recompute": "none"}, "none"),
+        ({"recompute": "full"}, "full"),
         ({"recompute_activations": "True"}, "selective"),
         ({"activations_checkpoint_method": "uniform"}, "full"),
         ({}, None),
@@ -73,6 +75,8 @@ def test_recomputation(arguments, recompute):
         ({"zero_optimization.offload_optimizer.device": "none"}, "none"),
         ({"zero_optimization.cpu_offload": "true"}, "optimizer"),
         ({"optimizer_cpu_offload": "False"}, "none"),
+        ({"offload": "None"}, "none"),
+        ({"offload": "optimizer, activations"}, "optimizer+activations"),
     ],
 )
 def test_offload(arguments, offload):

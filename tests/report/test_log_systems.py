@@ -8,9 +8,15 @@ import math
 import pytest
 from log_samples import ERAS, TAIL
 
+from megactl.config.load import load
+from megactl.config.settings import replace
+from megactl.config.shown import arguments_block
+from megactl.costmodel.parameters import total_parameters
 from megactl.report.logs.arguments import dump_row, overrides, shell_settings, sizes, unprefixed
 from megactl.report.logs.events import classify
+from megactl.report.logs.layout import switch
 from megactl.report.logs.reading import read_runs
+from megactl.report.logs.rows import Given, row_of
 
 
 @pytest.fixture
@@ -195,6 +201,20 @@ def test_trainer_metrics_and_batches(one):
     run = one(text)
     assert run.arguments == {"train_batch_size": "256", "gradient_accumulation_steps": "2"} and run.model_parameters == 124439808
     assert run.summary == {"train_samples_per_second": 1.088} and run.evidence("completed").line == 4
+
+
+def test_a_console_of_megactl_says_what_its_run_directory_says(tmp_path):
+    """The arguments block that train prints into a log has what a table and a figure need."""
+    settings = ("parallel.virtual_pipeline=2", "parallel.pipeline_parallel=2", "memory.recompute=full", "parallel.scatter_gather=false")
+    run = load(preset=None, config=None, assignments=settings, flags={}, environ={}).run
+    run = replace(run, {"model.vocab_size": 256, "model.max_positions": 64, "training.seq_length": 64, "training.global_batch_size": 4})
+    (tmp_path / "x.out").write_text("\n".join([*arguments_block(run, 2), ERAS["megactl"][0], ""]))
+    (row,) = (row_of(found, Given()) for found in read_runs(tmp_path / "x.out"))
+    values = row.values
+    assert (values["system"], values["gpus"], values["pp"], values["vpp"], values["dp"]) == ("megactl", 2, 2, 2, 1)
+    assert (values["recompute"], values["sp"], values["offload"], values["seq"]) == ("full", False, "none", 64)
+    assert values["model_b"] == total_parameters(run.model, seq_length=64) / 1e9 and values["exact"]["hfu_tflops"] > 0
+    assert switch(row.source.arguments, "scatter_gather") is False
 
 
 def test_megactls_own_logs(one):

@@ -112,6 +112,7 @@ def test_text_view() -> None:
 
 def test_pictures_of_the_documentation_are_what_the_view_draws() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "schedules.md").read_text()
-    for name, num_ranks, num_microbatches in (("gpipe", 3, 4), ("1f1b", 4, 8)):
-        view = text_view(generate(name, num_ranks=num_ranks, num_microbatches=num_microbatches))
-        assert "\n".join(line.rstrip() for line in view.splitlines()) in text
+    pictures = [("gpipe", 3, 4, 1), ("1f1b", 4, 8, 1), ("1f1b", 2, 4, 2), ("zb-h1", 3, 6, 1), ("zb-h2", 3, 6, 1), ("zb-v", 2, 4, 2)]
+    for name, num_ranks, num_microbatches, chunks in pictures:
+        view = text_view(generate(name, num_ranks=num_ranks, num_microbatches=num_microbatches, chunks=chunks))
+        assert "\n".join(line.rstrip() for line in view.splitlines()) in text, name

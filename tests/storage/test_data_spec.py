@@ -27,7 +27,16 @@ def test_parse_data(text, prefixes, weights):
 
 
 @pytest.mark.parametrize(
-    "text, words", [("", "empty"), ("0.5 a b", "alternate"), ("a 0.5 b", "alternate"), ("0 a 1 b", "positive"), ("'a", "quot")]
+    "text, words",
+    [
+        ("", "empty"),
+        ("0.5 a b", "alternate"),
+        ("a 0.5 b", "alternate"),
+        ("0 a 1 b", "positive"),
+        ("'a", "quot"),
+        ("''", "end in a name"),
+        ("1 a 1 /", "end in a name"),
+    ],
 )
 def test_parse_data_refuses(text, words):
     with pytest.raises(DataError, match=words):

@@ -181,13 +181,19 @@ def as_zip(data: bytes, **records: bytes) -> bytes:
 
 
 def read(path: Path, reader=read_torch_file) -> Contents | CheckpointError:
-    """What reading gives: contents with their problems, or the error. Memory stays bounded."""
-    tracemalloc.start()
+    """What reading gives: contents with their problems, or the error."""
     try:
         with OpenFile(path) as file:
             return reader(file, LIMITS)
     except CheckpointError as error:
         return error
+
+
+def read_in_little_memory(path: Path, reader=read_torch_file) -> Contents | CheckpointError:
+    """The same, and memory stays bounded. Watching it takes ten times as long as reading."""
+    tracemalloc.start()
+    try:
+        return read(path, reader)
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -210,7 +216,8 @@ def test_nothing_runs_and_each_is_named(tmp_path, name, form):
         data = b"".join(head) + data + pickle.dumps([], protocol=2)
     path = tmp_path / ("x.metadata" if form == "metadata" else "x.pt")
     path.write_bytes(data)
-    outcome = read(path, read_pickle if form == "metadata" else read_torch_file)
+    # What is inside an archive is read by the same machine as what lies bare: its memory is watched once.
+    outcome = (read_in_little_memory if form == "bare" else read)(path, read_pickle if form == "metadata" else read_torch_file)
     assert not canary.exists()
     assert answer(outcome) or name in HARMLESS, name
     # As a user meets it: a finding, exit code 1, nothing run.
@@ -384,7 +391,7 @@ def test_archives(tmp_path, name):
     make, words = ARCHIVES[name]
     path = tmp_path / "x.pt"
     path.write_bytes(make(GOOD))
-    outcome = read(path)
+    outcome = read_in_little_memory(path)
     assert isinstance(outcome, CheckpointError) and words in outcome.message, answer(outcome)
 
 
@@ -396,7 +403,7 @@ def test_overlapping_records(tmp_path):
     length = first.index(b"PK\x05\x06") - at
     entries = first[at : at + length] + first[at : at + length].replace(b"x/data.pkl", b"x/data/0.0")
     (tmp_path / "x.pt").write_bytes(first[:at] + entries + b"PK\x05\x06" + SHORT("<HHHHIIH", 0, 0, 2, 2, len(entries), at, 0))
-    assert "overlaps" in answer(read(tmp_path / "x.pt"))
+    assert "overlaps" in answer(read_in_little_memory(tmp_path / "x.pt"))
 
 
 @pytest.mark.parametrize(
@@ -423,7 +430,7 @@ def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(as_zip(GOOD))
     os.truncate(path, 1 << 40)
-    assert isinstance(read(path), CheckpointError)
+    assert isinstance(read_in_little_memory(path), CheckpointError)
     path.write_bytes(pickle.dumps({"a": "b"}, protocol=2)[:-1])
     os.truncate(path, 1 << 40)
-    assert isinstance(read(path), CheckpointError)
+    assert isinstance(read_in_little_memory(path), CheckpointError)

@@ -204,11 +204,11 @@ preprocess.preprocess(options, log=print)
 """
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_it_continues_with_the_same_bytes(tmp_path, corpus):
+@pytest.mark.parametrize("rounds", [1, pytest.param(6, marks=pytest.mark.nightly)])
+def test_killed_at_any_moment_it_continues_with_the_same_bytes(tmp_path, corpus, rounds):
     run(tmp_path, corpus, out="whole", append_eod=True)
     source, continued = random.Random(8), 0
-    for round in range(2):
+    for round in range(rounds):
         out = tmp_path / f"killed{round}"
         while True:
             process = subprocess.Popen([sys.executable, "-c", SLOW, str(corpus), str(out)], stdout=subprocess.PIPE, text=True)
@@ -221,7 +221,7 @@ def test_killed_at_any_moment_it_continues_with_the_same_bytes(tmp_path, corpus)
                 break
         assert digest(tmp_path / f"killed{round}_text_document") == digest(tmp_path / "whole_text_document")
         assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*state.json"))
-    assert continued > 2
+    assert continued > rounds
 
 
 def test_interruption_inside_a_step_repeats_nothing(tmp_path, corpus, monkeypatch):

@@ -56,6 +56,8 @@ def test_log_interval(train, tmp_path):
     done = train("run", "--log-interval", "4", "--iterations", "10").must(0)
     printed = [int(number) for number in re.findall(r"iteration +(\d+)/", done.out)]
     assert printed == [1, 4, 8, 10]
+    # Settings stand in the log itself: it is read without its run directory.
+    assert "- arguments -" in done.err and re.search(r"^  hidden_size \.+ [0-9]+$", done.err, re.M)
     assert [iteration for iteration, _ in losses(tmp_path / "run")] == list(range(1, 11))
 
 

@@ -44,7 +44,7 @@ def _interleaved(row: Row) -> str:
 
 
 def _scatter_gather(row: Row) -> str:
-    stated = switch(row.source.arguments, "scatter_gather_tensors_in_pipeline")
+    stated = switch(row.source.arguments, "scatter_gather_tensors_in_pipeline", "scatter_gather")
     return {True: "scatter-gather", False: "without"}.get(_by_name(row, "scatter-gather") if stated is None else stated, "not stated")
 
 

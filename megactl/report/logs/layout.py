@@ -18,8 +18,9 @@ from megactl.report.logs.records import Run
 class Layout:
     """Degrees, batches and switches of a run; None is unknown. sp, partition_activations and scattered_embeddings are yes or no.
 
-    recompute: "none", "selective" or "full". offload: "none", "optimizer", "parameters" or "optimizer+parameters". bucket: elements of
-    one gradient bucket. cp is read because it divides the ranks, too. derived: why a field has its value, where no line states it.
+    recompute: "none", "selective" or "full". offload: "none", or what of "optimizer", "parameters", "activations", with + between.
+    bucket: elements of one gradient bucket. cp is read because it divides the ranks, too. derived: why a field has its value, where no
+    line states it.
     """
 
     gpus: int | None = None
@@ -55,7 +56,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "dp": ("data_parallel_size", "data_parallel"),
     "tp": ("tensor_model_parallel_size", "model_parallel_size", "tensor_parallel"),
     "pp": ("pipeline_model_parallel_size", "pipe_parallel_size", "pipeline_parallel"),
-    "vpp": ("virtual_pipeline_model_parallel_size",),
+    "vpp": ("virtual_pipeline_model_parallel_size", "virtual_pipeline"),
     "cp": ("context_parallel_size", "context_parallel"),
     "sp": ("sequence_parallel",),
     "zero": ("zero_optimization.stage", "zero_optimization_stage", "zero_stage", "zero"),
@@ -141,11 +142,15 @@ def _recompute(arguments: Mapping[str, str]) -> str | None:
     if True in stated or text(arguments, "activations_checkpoint_method") in ("uniform", "block"):
         return "full"
     # An argument that is listed and says None is a switch that is off; a missing one says nothing.
-    listed = {"recompute_granularity", "checkpoint_activations", "gradient_checkpointing"} & arguments.keys()
+    listed = {"recompute_granularity", "recompute", "checkpoint_activations", "gradient_checkpointing"} & arguments.keys()
     return "none" if False in stated or listed else None
 
 
 def _offload(arguments: Mapping[str, str]) -> str | None:
+    if "offload" in arguments:
+        # megactl's own: parts with commas between, or None.
+        return "+".join(part.strip() for part in (text(arguments, "offload") or "none").split(","))
+
     def device(part: str) -> str | None:
         return arguments.get(f"zero_optimization.offload_{part}.device", arguments.get(f"offload_{part}.device"))
 
