@@ -209,6 +209,8 @@ class OffloadedOptimizer(ShardedOptimizer):
     def _compute(self, number: int, scalars: Mapping[str, Tensor]) -> None:
         """Update a piece, once its gradient is here and the weights that its lane held have gone."""
         piece, lane = self._pieces[number], self._lane_of(number)
+        if not piece.numel:
+            return
         state = self.states[piece.index]
         CopyStream.finish(lane.arrived)
         CopyStream.finish(lane.gone)
@@ -259,7 +261,7 @@ class StreamedParameters(ShardedOptimizer):
         if shard is None:
             return super()._update(index, **scalars)
         for piece in self._pieces:
-            if piece.index == index:
+            if piece.index == index and piece.numel:
                 self._let_go(LANES - 1)
                 updated = self._updated(piece, scalars)
                 shard.write(updated, piece.part, self._down)
