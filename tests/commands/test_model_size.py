@@ -158,7 +158,7 @@ def test_a_suggestion_fits_and_says_what_it_assumed(command, document) -> None:
         ("--preset gpt-18b --suggest-layout --gpus 64 --gpu foo", ["--gpu foo: is not in the list of GPUs; give --gpu-memory GIB"]),
         ("--preset gpt-18b --suggest-layout --gpus 64 --gpu h100 --gpu-memory 80", ["--gpu h100 with --gpu-memory 80: are two memories"]),
         ("--preset gpt-18b --mbs 4", ["--mbs 4: changes activations only"]),
-        ("--preset gpt-18b --zero 3 --dp -2", ["--zero 3: this version has ZeRO stages 0 and 1", "--dp -2: must be at least 1"]),
+        ("--preset gpt-18b --zero 4 --dp -2", ["--zero 4: ZeRO has the stages 0 to 3", "--dp -2: must be at least 1"]),
     ],
 )
 def test_mistakes_are_one_message(line: str, expected: list[str], command) -> None:
