@@ -180,7 +180,9 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: Rule
 
 def _efficient_backward(grad, q, k, v, out, lse, scale: float, rule: Rule, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]:
     bias = _expanded_bias(rule, q, k)
-    # The kernel reads lse in rows of a multiple of 32.
+    # The kernel takes the sum of grad x out along memory laid out as its own results are, [b, s, n, d]: else dQ and dK are wrong.
+    grad, out = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (grad, out))
+    # It reads lse in rows of a multiple of 32.
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32))
     wanted = [True, True, True, False]
     grads = aten._scaled_dot_product_efficient_attention_backward(

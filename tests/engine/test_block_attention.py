@@ -132,20 +132,26 @@ ON_GPU = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT
 @pytest.mark.parametrize("name", ON_GPU)
 @pytest.mark.parametrize(("queries", "keys", "width"), [(256, 256, 64), (128, 256, 64), (256, 128, 128), (33, 33, 20)])
 def test_kernels_of_a_gpu_equal_the_plain_way(name: str, queries: int, keys: int, width: int):
+    """The plain way in float64 is what both are held against: in bf16 it rounds scores that the kernels keep in float32."""
+    if width % 8 and name != "flash":
+        pytest.skip(f"{name} does not take heads of {width}")
     (q, grad), (k, v) = (tensors(2, 2, 3, n, width, dtype=torch.bfloat16, device="cuda") for n in (queries, keys))
+    scale = width**-0.5
     for kind, rule in rules(queries, keys, "cuda").items():
         if rule.mask is not None and name != "efficient":
             continue
         with sdpa_kernel(ON_GPU[name]):
-            out, lse, kernel = block_attention.forward(q, k, v, SCALE, rule)
-        if kernel.name == "plain":
-            pytest.skip(f"{name} does not take {queries} x {keys} x {width} here")
+            out, lse, kernel = block_attention.forward(q, k, v, scale, rule)
         assert kernel.name == name
-        plain, plain_lse, plainly = block_attention.forward(q, k, v, SCALE, replace(rule, plain=True))
+        exact = [tensor.double() for tensor in (q, k, v)]
+        plainly = replace(rule, plain=True)
+        plain, plain_lse, way = block_attention.forward(*exact, scale, plainly)
         sees = torch.ones(q.shape[:3], dtype=torch.bool, device="cuda")
         sees = sees if rule.mask is None else rule.mask.any(-1).expand(q.shape[:3])
-        close(out[sees], plain[sees], torch.bfloat16, kind)
-        lse, out = torch.where(sees, plain_lse, 3.0), torch.where(sees[..., None], plain, 0.5)
-        results = [block_attention.backward(grad, q, k, v, out, lse, SCALE, rule, way) for way in (kernel, plainly)]
-        for one, other in zip(*results, strict=True):
-            close(one, other, torch.bfloat16, kind)
+        close(out[sees].double(), plain[sees], torch.bfloat16, kind)
+        close(lse[sees].double(), plain_lse[sees], torch.bfloat16, kind)
+        plain_lse, plain = torch.where(sees, plain_lse, 3.0), torch.where(sees[..., None], plain, 0.5)
+        found = block_attention.backward(grad, q, k, v, plain.to(q.dtype), plain_lse.float(), scale, rule, kernel)
+        expected = block_attention.backward(grad.double(), *exact, plain, plain_lse, scale, plainly, way)
+        for one, other in zip(found, expected, strict=True):
+            close(one.double(), other, torch.bfloat16, kind)
