@@ -200,7 +200,7 @@ _LOADED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "schedule zb-v": ({"commands", "schedules", "config.absent", "config.names"}, set()),
     "checkpoint inspect model.safetensors": ({"commands", "storage", *_FLAGS}, set()),
-    "parse-logs .": ({"commands", *_LOGS, "storage", "costmodel", "config.schema", "config.pipeline_split"}, set()),
+    "parse-logs .": ({"commands", *_LOGS, "storage", "costmodel", "config.schema"}, set()),
 }  # fmt: skip
 _OTHERS = {
     "rich", "markdown_it", "pygments", "jinja2", "markupsafe", "tabulate", "yaml", "numpy", "psutil", "safetensors", "zstandard", *HEAVY,

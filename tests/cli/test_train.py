@@ -69,6 +69,8 @@ def test_every_flag_reaches_its_setting(capsys):
         "parallel.zero": ["0"],
         "parallel.pipeline_split": ["1,3"],
         "parallel.schedule": ["gpipe"],
+        "model.rope_scaling_factor": ["8"],
+        "model.rope_high_frequency": ["5"],
         "memory.offload": ["optimizer"],
     }
     refused_alone = {
@@ -83,7 +85,13 @@ def test_every_flag_reaches_its_setting(capsys):
     # Settings that mean something beside another one alone.
     of_bert = {"model.sentence_head", *(f"data.{name}" for name in ("mask_probability", "mask_ngrams", "whole_word_masking"))}
     of_bert |= {"data.short_seq_probability", "data.sentence_task"}
+    rope = {"rope_base", "rotary_percent", "rope_scaling_factor"}
+    scaled = {"rope_original_positions", "rope_low_frequency", "rope_high_frequency"}
     beside_others = {
+        **{f"model.{name}": ["--position-embedding", "rope"] for name in rope},
+        **{f"model.{name}": ["--position-embedding", "rope", "--rope-scaling-factor", "8"] for name in scaled},
+        "parallel.context_method": ["--cp", "2"],
+        **{f"parallel.{name}": ["--zero", "3", "--dp", "2"] for name in ("persistence_threshold", "split_layers", "zero_prefetch", "tile")},
         **{key: ["--model", "bert"] for key in of_bert},
         **{f"training.{name}": ["--precision", "fp16"] for name in all_settings_of("training") if "loss_scale" in name},
         "parallel.sequence_parallel": ["--tp", "2"],
@@ -99,6 +107,8 @@ def test_every_flag_reaches_its_setting(capsys):
         if setting.name in refused_alone:
             continue
         value = special.get(setting.name) or ([setting.choices[-1]] if setting.choices else values[setting.type])
+        if flag.name == "--swiglu":
+            value = []  # Megatron's switch for one value of --activation
         if setting.name == "checkpoint.resume":
             value = ["never"]
         origin = plan(capsys, flag.name, *value, *beside)["settings"][setting.name]["origin"]

@@ -94,6 +94,8 @@ def holds(setting: Setting, value: str, script: str, ran) -> bool:
         arrived = directives[DIRECTIVES[setting.name]].removeprefix("gpu:")
         # The folder may itself end in /%x: only the file's name is taken off.
         return (re.sub(r"/%x[^/]*$", "", arrived) if setting.name == "slurm.log_dir" else arrived) == value.rstrip("/")
+    if setting.name == "slurm.gpu_type":
+        return directives["gpus-per-node"] == f"{value}:2"
     if setting.name == "slurm.sbatch":
         name, equals, rest = value.partition("=")
         return directives[name] == (rest if equals else None)
