@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megactl.commands.bench_recompute import recompute
+from megactl.commands.bench_recompute import recompute, write_text
 from megactl.commands.bench_train import train
 from megactl.commands.common import emit_json, say
 from megactl.commands.tables import markdown_table, show_table
 from megactl.commands.typer_app import App
-from megactl.errors import ConfigError, MegactlError, Problem
+from megactl.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from megactl.engine.bench import Plan, Row
@@ -82,7 +82,7 @@ def ops(
         interrupted = True
         say("interrupted: these are the rows that were done", label="warning")
     if markdown is not None:
-        _write(markdown, markdown_page(rows, environment))
+        write_text(markdown, markdown_page(rows, environment))
     if json_:
         facts = {"environment": environment, "seconds": plan.seconds, "interrupted": interrupted}
         emit_json({**facts, "rows": [row.as_dict() for row in rows]})
@@ -205,10 +205,3 @@ def markdown_page(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
         *(["Failed:", "\n".join(failures)] if failures else []),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MegactlError(f"{path}: cannot be written: {error.strerror}", "choose another place with --markdown FILE") from error

@@ -251,11 +251,9 @@ def _row(measured: Measured, published: Mapping[tuple[str, ...], RecomputeRow]) 
     model, tp, pp, setting, seq_length, strategy = measured.key
     theirs = published.get((model, tp, pp, seq_length, strategy))
     base = published.get((model, tp, pp, seq_length, "baseline"))
-    times = sorted(measured.milliseconds)
-    spread = (times[-1 - len(times) // 4] - times[len(times) // 4]) / 2 / measured.median_ms
     return {
         "model": model, "tp": int(tp), "pp": int(pp), "setting": setting, "seq_length": int(seq_length), "strategy": strategy,
-        "ms": measured.median_ms, "spread": spread, "peak_mib": measured.peak_mib, "loss": measured.loss,
+        "ms": measured.median_ms, "spread": measured.spread, "peak_mib": measured.peak_mib, "loss": measured.loss,
         "study_ms": theirs.time_ms if theirs else None, "study_mib": theirs.peak_mib if theirs else None,
         "study_over_baseline": theirs.time_ms / base.time_ms if theirs and base else None,
     }  # fmt: skip

@@ -152,10 +152,9 @@ def _row(measured: Measured, resolved: Resolved) -> dict[str, Any]:
 
     run, batch, world = resolved.run, resolved.batch.global_batch_size, measured.world_size
     seconds = measured.median_ms / 1e3
-    times = sorted(measured.milliseconds)
     return {
         "row": measured.key[0], "layout": degrees(run, world), "ms": measured.median_ms,
-        "spread": (times[-1 - len(times) // 4] - times[len(times) // 4]) / 2 / measured.median_ms,
+        "spread": measured.spread,
         "tokens_per_s": batch * run.training.seq_length / seconds,
         "mfu": _mfu(measured, run.training.precision, model_flops(run.model, run.training.seq_length, batch) / seconds / world),
         "peak_mib": measured.peak_mib, "predicted_mib": memory_of(resolved)["largest_rank_bytes"] / 2**20, "loss": measured.loss,

@@ -43,7 +43,7 @@ def test_the_study_is_whole():
 
 
 def test_two_ranks_go_through_the_list(capfd, tmp_path):
-    options = ["--nproc", "2", "--layout", "2x1", "--layout", "3x1", "--strategy", "baseline", "--json"]
+    options = ["--nproc", "2", "--layout", "2x1", "--layout", "3x1", "--strategy", "baseline", "--strategy", "selective", "--json"]
     code = main(
         [*TINY, *options, "--run-dir", str(tmp_path / "run"), "--markdown", str(tmp_path / "table.md"), "--plot", str(tmp_path / "t.svg")]
     )
@@ -52,11 +52,13 @@ def test_two_ranks_go_through_the_list(capfd, tmp_path):
     assert code == document["exit_code"] == 0
     assert document["left_out"] == [f"{name}, tp 3, pp 1: needs 3 ranks or a multiple, and there are 2" for name in bench_recompute.MODELS]
     assert [(row["model"], row["tp"], row["strategy"]) for row in document["rows"]] == [
-        (model, 2, strategy) for model in bench_recompute.MODELS for strategy in ("baseline",)
+        (model, 2, strategy) for model in bench_recompute.MODELS for strategy in ("baseline", "selective")
     ]
     for row in document["rows"]:
         # The study's model has 24 layers: nothing of it stands beside another model's row.
         assert row["ms"] > 0 and row["peak_mib"] is None and row["study_ms"] is None
+    losses = {(row["model"], row["strategy"]): row["loss"] for row in document["rows"]}
+    assert all(losses[model, "baseline"] == losses[model, "selective"] for model in bench_recompute.MODELS)
     assert "## gpt-345m, tp 2, pp 1" in (tmp_path / "table.md").read_text() and (tmp_path / "t.svg").read_text().startswith("<?xml")
     assert "left out: bert-345m, tp 3, pp 1" in err
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -58,16 +59,11 @@ _DEGREES = ("tp", "cp", "pp", "dp")
 _DEFAULTS = {field.name: field.default for field in fields(Case)}
 
 
-def known(factors: Mapping[str, tuple] = FACTORS) -> dict[str, tuple]:
-    """The factors that a case has a field for."""
-    return {name: values for name, values in factors.items() if name in _DEFAULTS}
-
-
 def draw(generator: random.Random, world_sizes: tuple[int, ...]) -> Case:
-    """One allowed combination. What a draw does not allow is drawn again, value by value, from the techniques to the details."""
+    """One allowed combination, value by value; a value that does not go with those before it stays the default."""
     while True:
         case = _layout(generator, world_sizes)
-        for name, values in known().items():
+        for name, values in FACTORS.items():
             case = _with(case, name, generator.choice(values))
         if is_allowed(case):
             return case
@@ -75,18 +71,10 @@ def draw(generator: random.Random, world_sizes: tuple[int, ...]) -> Case:
 
 def _layout(generator: random.Random, world_sizes: tuple[int, ...]) -> dict[str, object]:
     size = generator.choice(world_sizes)
-    axes = [axis for axis in _DEGREES if axis in _DEFAULTS]
     while True:
-        degrees = {axis: generator.choice((1, 2, 4)) for axis in axes}
-        if _product(degrees.values()) == size:
+        degrees = {axis: generator.choice((1, 2, 4)) for axis in _DEGREES}
+        if math.prod(degrees.values()) == size:
             return dict(degrees)
-
-
-def _product(values: Iterable[int]) -> int:
-    result = 1
-    for value in values:
-        result *= value
-    return result
 
 
 def _with(case: dict[str, object], name: str, value: object) -> dict[str, object]:
@@ -118,8 +106,7 @@ def drawn(seed: int, count: int, world_sizes: tuple[int, ...] = (2, 4, 8)) -> li
 
 def values_of(case: Case) -> dict[str, object]:
     """Factor -> value, of what is drawn."""
-    names = [*(axis for axis in _DEGREES if axis in _DEFAULTS), *known()]
-    return {name: getattr(case, name) for name in names}
+    return {name: getattr(case, name) for name in (*_DEGREES, *FACTORS)}
 
 
 def pairs(case: Case) -> set[tuple]:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from parity.cases import Case
-from parity.combinations import covering, covering_set, drawn, is_allowed, known, pairs, values_of
+from parity.combinations import FACTORS, covering, covering_set, drawn, is_allowed, pairs, values_of
 from parity.harness import Parity
 
 # float64 to 1e-9. In float32 two orders of summation are as far apart as this in the deepest of these models.
@@ -40,13 +40,13 @@ def test_drawn_combinations_equal_one_process(parity: Parity, drawn_case: Case):
 def test_the_fixed_set_is_allowed_and_holds_every_value():
     cases = covering_set()
     assert all(is_allowed(values_of(case)) for case in cases)
-    for name, values in known().items():
+    for name, values in FACTORS.items():
         assert {getattr(case, name) for case in cases} == set(values), name
 
 
 def test_the_draw_reaches_every_value():
     cases = drawn(5, 60)
-    for name, values in known().items():
+    for name, values in FACTORS.items():
         assert len({getattr(case, name) for case in cases}) == len(set(values)) or name == "offload", name
     assert cases == drawn(5, 60) and len(set(cases)) == 60
     assert {case.world_size for case in cases} == {2, 4, 8}

@@ -59,6 +59,12 @@ class Measured:
         """Median milliseconds of an iteration."""
         return statistics.median(self.milliseconds)
 
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        times = sorted(self.milliseconds)
+        return (times[-1 - len(times) // 4] - times[len(times) // 4]) / 2 / self.median_ms
+
 
 def time_cells(cells: Sequence[Cell], iterations: int) -> Callable[[Run, Any, RankContext], int]:
     """A worker for `launch` that times `iterations` steps of each cell, and appends a line for each to ROWS_FILE of the run directory."""
