@@ -39,9 +39,9 @@ def check_fits(path: Path, header: Header, run: Run, *, optimizer: bool) -> None
         free += ("max_positions",)
     for field in dataclasses.fields(Model):
         stored, wanted = header.model.get(field.name, field.default), getattr(run.model, field.name)
-        if field.name == "kv_heads" and stored is None:
-            # Written before heads could share keys and values.
-            stored = header.model.get("num_heads")
+        if field.name == "kv_heads":
+            # Not set means one a head; so do checkpoints from before heads could share keys and values.
+            stored, wanted = header.model.get("num_heads") if stored is None else stored, run.model.key_value_heads
         # None: a setting of the other architecture, which is named already.
         other_family = field.name == "sentence_head" and None in (stored, wanted)
         if field.name not in free and stored != wanted and not other_family:
