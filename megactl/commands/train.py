@@ -29,7 +29,7 @@ EXIT_MISTAKE = 2
 # One line a paragraph: Typer keeps the line breaks of all but the first.
 _HELP = "\n\n".join(
     (
-        "Pre-train a GPT model.",
+        "Pre-train a GPT or BERT model.",
         "Started by itself it starts the ranks on this machine: one a GPU, or on CPUs tp x pp x cp x dp. Under torchrun, or srun with "
         "a task a GPU, it is one rank of the run; under srun with a task a node it starts that node's ranks. It continues from its own "
         "run directory's newest good checkpoint.",

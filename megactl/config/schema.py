@@ -126,30 +126,44 @@ class Model:
 class Parallel:
     """How the model is spread: degrees of the mesh axes, innermost first (tp, cp, dp, pp)."""
 
-    tensor_parallel: int = setting(1, "ranks that share each layer", flags=("--tp", "--tensor-model-parallel-size", "--tensor-parallel"))
+    tensor_parallel: int = setting(
+        1, "ranks that share each matrix: weights and their state / tp, for four all-reduces of an activation in each layer",
+        flags=("--tp", "--tensor-model-parallel-size", "--tensor-parallel"),
+    )  # fmt: skip
     context_parallel: int = setting(
         1, "ranks that share each sequence: activations / cp, for messages in each attention", flags=("--cp", "--context-parallel-size")
     )
-    pipeline_parallel: int = setting(1, "pipeline stages", flags=("--pp", "--pipeline-model-parallel-size", "--pipeline-parallel"))
-    data_parallel: int | None = setting(None, "replicas (default: world / (tp x pp x cp))", flags=("--dp", "--data-parallel"))
+    pipeline_parallel: int = setting(
+        1, "pipeline stages: layers / pp and few messages, for ranks that wait: (pp - 1) / m of the work of m micro-batches",
+        flags=("--pp", "--pipeline-model-parallel-size", "--pipeline-parallel"),
+    )  # fmt: skip
+    data_parallel: int | None = setting(
+        None, "replicas, each with its share of the global batch (default: world / (tp x pp x cp))", flags=("--dp", "--data-parallel")
+    )
     sequence_parallel: bool = setting(
-        False, "with tp: also share the tokens between the matrices (norms, dropout, residuals)",
+        False,
+        "with tp: also share the tokens between the matrices (norms, dropout, residuals): their activations / tp, for no more bytes sent",
         flags=("--sp/--no-sp", "--sequence-parallel/--no-sequence-parallel"),
     )  # fmt: skip
     context_method: str = setting(
         "ring", "with cp: send keys and values around, or trade tokens for heads (any length, but cp must divide heads / tp)",
         flags=("--cp-method", "--cp-comm-type"), choices=("ring", "all-to-all"),
     )  # fmt: skip
-    schedule: str = setting("1f1b", "pipeline schedule", flags=("--schedule",), choices=("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v"))
+    schedule: str = setting(
+        "1f1b", "order of the micro-batches: gpipe keeps the activations of all; 1f1b of pp of them; zb-h1 waits a third as long in the "
+        "same memory; zb-h2 hardly, with twice the activations; zb-v hardly, with those of 1f1b and twice the messages",
+        flags=("--schedule",), choices=("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v"),
+    )  # fmt: skip
     virtual_pipeline: int = setting(
-        1, "model chunks a rank: interleaves 1f1b", flags=("--vpp", "--num-virtual-stages-per-pipeline-rank", "--virtual-pipeline")
-    )
+        1, "chunks of layers a rank (interleaved 1f1b): ranks wait 1/vpp as long, for vpp times the messages and some more activations",
+        flags=("--vpp", "--num-virtual-stages-per-pipeline-rank", "--virtual-pipeline"),
+    )  # fmt: skip
     pipeline_split: str | None = setting(
         None, "layers of each stage ('5,7,7,5'), or what counts as a layer: embedding, head, or both (default: equal stages)",
         flags=("--pp-split",), metavar="N,N,...|embedding,head",
     )  # fmt: skip
     scatter_gather: bool = setting(
-        True, "with tp and pp: each rank sends its share of an activation to the next stage, which gathers them",
+        True, "with tp and pp: each rank sends 1/tp of an activation to the next stage, which gathers it over its faster links",
         flags=("--scatter-gather/--no-scatter-gather",),
     )  # fmt: skip
     zero: int | None = setting(
@@ -203,7 +217,8 @@ class Memory:
         flags=("--partition-activations/--no-partition-activations", "--distribute-saved-activations"),
     )  # fmt: skip
     offload: str | None = setting(
-        None, "keep in host memory: optimizer, parameters (ZeRO 3), activations (saved inputs of full recompute); several with commas",
+        None, "keep in host memory: optimizer (12 bytes a parameter; the processors update), parameters (ZeRO 3: 2 more; copied in for "
+        "each use), activations (saved inputs of full recompute); several with commas",
         flags=("--offload",), metavar="WHAT,WHAT",
     )  # fmt: skip
 
