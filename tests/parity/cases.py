@@ -241,7 +241,8 @@ def pairwise_rows(factors: Mapping[str, Sequence], *, seed: int) -> list[dict]:
     rows = []
     while missing:
         # Each candidate starts from a pair that is still missing, so every row makes progress.
-        candidates = [_candidate(factors, generator.choice(sorted(missing, key=repr)), generator) for _ in range(30)]
+        ordered = sorted(missing, key=lambda pair: sorted(map(repr, pair)))
+        candidates = [_candidate(factors, generator.choice(ordered), generator) for _ in range(30)]
         best = max(candidates, key=lambda row: len(pairs_of(row) & missing))
         missing -= pairs_of(best)
         rows.append(best)
