@@ -1,8 +1,23 @@
 #!/usr/bin/env bash
 # Sets up what is needed and runs the tests: ./test.sh [pytest arguments], for example ./test.sh tests/ops -k dropout
+# The whole suite is spread over the cores, a test file to a process; tests that are chosen run in one, where -s and --pdb work.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 scripts/setup.sh
 # Missing compiled modules are an error here, and tests that start several processes must not take all cores in each of them.
 export MEGACTL_OPS=compiled OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest "$@"
+
+chosen=
+for argument in "$@"; do
+    case $argument in
+        -s | --pdb | --collect-only | -n* | -p | -k* | -m*) chosen=1 ;;
+        -*) ;;
+        *) chosen=1 ;;
+    esac
+done
+spread=()
+if [ -z "$chosen" ] && .venv/bin/python -c 'import xdist' 2>/dev/null; then
+    # More than four would contend for memory: each holds torch, and up to eight ranks of it.
+    spread=(-n logical --maxprocesses 4 --dist loadfile)
+fi
+exec .venv/bin/python -m pytest "${spread[@]}" "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,8 +37,10 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "study": ("training.precision=fp16", "model.attention=unfused", "parallel.zero=0", *_DROPOUT),
     "megactl": ("training.precision=bf16", "model.attention=sdpa", *_DROPOUT),
 }
-HEADER = ("setting", "sequence", "strategy", "ms", "± %", "peak MiB", "study's ms", "study's MiB", "ms / baseline", "study's")
+HEADER = ("setting", "sequence", "strategy", "ms", "± %", "peak MiB", "predicted", "study's ms", "study's MiB", "ms / baseline", "study's")
 _NUMBERS = (1, *range(3, len(HEADER)))
+# JSON key -> attribute of what was measured.
+_MEASURED = {"ms": "median_ms", "spread": "spread", "peak_mib": "peak_mib", "loss": "loss"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ def recompute(
     run_dir: Annotated[str | None, typer.Option("--run-dir", metavar="DIR", help="Where rows and logs go.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw time and memory (.png, .svg or .pdf).")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the tables as Markdown.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Predict the memory of every row and train none; of 8 GPUs, or of --nproc.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:  # fmt: skip
     """Train GPT and BERT of 345M parameters under each strategy, and print time and peak memory beside the published study's.
@@ -94,6 +100,8 @@ def recompute(
 
       megactl bench recompute
 
+      megactl bench recompute --dry-run
+
       megactl bench recompute --model gpt-345m --layout 4x1 --seq 1024 --seq 2048 --plot recompute.png --markdown recompute.md
 
       megactl bench recompute --device cpu --nproc 2 --layout 2x1 --layers 2 --hidden 64 --seq 64 --iterations 2
@@ -105,8 +113,8 @@ def recompute(
     if not cells:
         raise MegactlError("no layout fits this machine", "choose degrees with --layout TPxPP, or more ranks with --nproc")
     assert start is not None
-    measured, code = measure(cells, start, wanted["iterations"])
-    document = _document(measured, wanted)
+    measured, code = ([], 0) if dry_run else measure(cells, start, wanted["iterations"])
+    document = _document(cells if dry_run else cells[: len(measured)], measured, wanted)
     if markdown is not None:
         write_text(markdown, _markdown(document))
     if plot is not None:
@@ -139,6 +147,8 @@ def _wanted(given: Mapping[str, Any]) -> dict[str, Any]:
             problems.append(Problem(f"--layout {text}", "must be tensor x pipeline degrees", "such as --layout 2x2"))
         else:
             degrees.append((int(tp), int(pp)))
+    if given["dry_run"] and given["plot"]:
+        problems.append(Problem("--plot with --dry-run", "nothing is measured that could be drawn", "use one of them"))
     if problems:
         raise ConfigError(problems)
     models = given["model"] or list(MODELS)
@@ -180,6 +190,8 @@ def _misfit(layout: Layout, wanted: Mapping[str, Any]) -> str | None:
 def _ranks(wanted: Mapping[str, Any]) -> int:
     from megactl.config.devices import count_gpus
 
+    if wanted["dry_run"]:
+        return wanted["nproc"] or _PUBLISHED_GPUS
     gpus = 0 if wanted["device"] == "cpu" else count_gpus(os.environ)
     return wanted["nproc"] or gpus or 1
 
@@ -229,14 +241,15 @@ def measure(cells: Sequence[Cell], start: StartInfo, iterations: int) -> tuple[l
     return read_rows(run_dir), code
 
 
-def _document(measured: Sequence[Measured], wanted: Mapping[str, Any]) -> dict[str, Any]:
+def _document(cells: Sequence[Cell], measured: Sequence[Measured], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """`measured` are the first cells', in order, or nothing (--dry-run)."""
     own_size = wanted["layers"] is None and wanted["hidden"] is None
     published = {_key(row): row for row in recompute_rows()} if own_size else {}
-    rows = [_row(row, published) for row in measured]
+    rows = [_row(cell, found, published) for cell, found in zip_longest(cells, measured)]
     for row in rows:
         baseline = next((other for other in rows if _group(other) == _group(row) and other["strategy"] == "baseline"), None)
-        row["time_over_baseline"] = row["ms"] / baseline["ms"] if baseline else None
-    return {"iterations": wanted["iterations"], "rows": rows}
+        row["time_over_baseline"] = row["ms"] / baseline["ms"] if baseline and measured else None
+    return {"iterations": wanted["iterations"] if measured else 0, "rows": rows}
 
 
 def _key(row: RecomputeRow) -> tuple[str, ...]:
@@ -247,13 +260,16 @@ def _group(row: Mapping[str, Any]) -> tuple:
     return tuple(row[name] for name in ("model", "tp", "pp", "setting", "seq_length"))
 
 
-def _row(measured: Measured, published: Mapping[tuple[str, ...], RecomputeRow]) -> dict[str, Any]:
-    model, tp, pp, setting, seq_length, strategy = measured.key
+def _row(cell: Cell, measured: Measured | None, published: Mapping[tuple[str, ...], RecomputeRow]) -> dict[str, Any]:
+    from megactl.commands.train import memory_of
+
+    model, tp, pp, setting, seq_length, strategy = cell.key
     theirs = published.get((model, tp, pp, seq_length, strategy))
     base = published.get((model, tp, pp, seq_length, "baseline"))
     return {
         "model": model, "tp": int(tp), "pp": int(pp), "setting": setting, "seq_length": int(seq_length), "strategy": strategy,
-        "ms": measured.median_ms, "spread": measured.spread, "peak_mib": measured.peak_mib, "loss": measured.loss,
+        **{name: getattr(measured, attribute, None) for name, attribute in _MEASURED.items()},
+        "predicted_mib": memory_of(cell.resolved)["largest_rank_bytes"] / 2**20,
         "study_ms": theirs.time_ms if theirs else None, "study_mib": theirs.peak_mib if theirs else None,
         "study_over_baseline": theirs.time_ms / base.time_ms if theirs and base else None,
     }  # fmt: skip
@@ -264,9 +280,9 @@ def _cells_of(row: Mapping[str, Any]) -> list[str]:
         return "-" if value is None else format(value, form)
 
     return [
-        row["setting"], str(row["seq_length"]), row["strategy"], f"{row['ms']:.1f}", f"{100 * row['spread']:.1f}",
-        number(row["peak_mib"], ".0f"), number(row["study_ms"], ".0f"), number(row["study_mib"], ".0f"),
-        number(row["time_over_baseline"], ".2f"), number(row["study_over_baseline"], ".2f"),
+        row["setting"], str(row["seq_length"]), row["strategy"], number(row["ms"], ".1f"), number(row["spread"], ".1%").removesuffix("%"),
+        number(row["peak_mib"], ".0f"), number(row["predicted_mib"], ".0f"), number(row["study_ms"], ".0f"),
+        number(row["study_mib"], ".0f"), number(row["time_over_baseline"], ".2f"), number(row["study_over_baseline"], ".2f"),
     ]  # fmt: skip
 
 

@@ -42,6 +42,21 @@ def test_the_study_is_whole():
     assert (row.time_ms, row.peak_mib) == (448, 1801)
 
 
+def test_a_dry_run_predicts_the_whole_study_within_what_it_measured(capfd):
+    """Of the study's own setting. Its system keeps one copy of the scores more, so the baseline may be lower here."""
+    assert main(["bench", "recompute", "--dry-run", "--setting", "study", "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert len(document["rows"]) == 80 and not document["left_out"]
+    for row in document["rows"]:
+        assert row["ms"] is row["peak_mib"] is row["time_over_baseline"] is None
+        assert 0.75 < row["predicted_mib"] / row["study_mib"] < 1.07, row
+
+
+def test_a_dry_run_has_no_picture(capfd, tmp_path):
+    assert main(["bench", "recompute", "--dry-run", "--plot", str(tmp_path / "x.png")]) == 2
+    assert "--plot with --dry-run" in capfd.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_two_ranks_go_through_the_list(capfd, tmp_path):
     options = ["--nproc", "2", "--layout", "2x1", "--layout", "3x1", "--strategy", "baseline", "--strategy", "selective", "--json"]
     code = main(
@@ -102,14 +117,14 @@ def test_the_picture(tmp_path, ending):
 def test_beside_the_study():
     from megactl.engine.bench.training import Measured
 
-    document = bench_recompute._document(
-        [
-            Measured(("bert-345m", "2", "2", "study", "512", strategy), (ms, ms, ms), 1000.0, 7.0, 4, "cpu")
-            for strategy, ms in (("baseline", 20.0), ("full", 26.0))
-        ],
-        {"iterations": 3, "layers": None, "hidden": None},
-    )
+    strategies = {"baseline": 20.0, "full": 26.0}
+    given = {"layouts": [bench_recompute.Layout("bert-345m", 2, 2)], "seq": [512], "setting": ["study"], "strategy": list(strategies)}
+    wanted = {**given, "device": "cpu", "nproc": 4, "iterations": 3, "layers": None, "hidden": None, "run_dir": None, "dry_run": False}
+    cells, _, _ = bench_recompute._cells(wanted)
+    measured = [Measured(cell.key, (ms, ms, ms), 1000.0, 7.0, 4, "cpu") for cell, ms in zip(cells, strategies.values(), strict=True)]
+    document = bench_recompute._document(cells, measured, wanted)
     baseline, full = document["rows"]
     assert (baseline["study_ms"], full["study_ms"], full["study_mib"]) == (327, 448, 1801)
     assert full["time_over_baseline"] == pytest.approx(1.3) and full["study_over_baseline"] == pytest.approx(448 / 327)
-    assert bench_recompute._cells_of(full)[3:] == ["26.0", "0.0", "1000", "448", "1801", "1.30", "1.37"]
+    predicted = f"{full['predicted_mib']:.0f}"
+    assert bench_recompute._cells_of(full)[3:] == ["26.0", "0.0", "1000", predicted, "448", "1801", "1.30", "1.37"]
