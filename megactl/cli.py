@@ -14,9 +14,9 @@ import typer
 from megactl import __version__
 from megactl.commands.common import emit_json, say
 from megactl.commands.typer_app import App, Row
-from megactl.errors import BuildError, ConfigError, MegactlError
+from megactl.errors import EXIT_INTERRUPTED, BuildError, ConfigError, MegactlError
 
-EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_INPUT = 1, 2
 
 
 COMMANDS: dict[str, Row] = {
@@ -44,7 +44,7 @@ _EXTRAS = {
     "wandb": "wandb",
 }
 
-_HELP = """The toolkit for pre-training GPT models on many GPUs: tensor, pipeline and data parallelism, ZeRO.
+_HELP = """The toolkit for pre-training GPT and BERT models on many GPUs: every kind of parallelism, ZeRO, recomputation, offload.
 
 Every command has --help with worked examples and --json (one document on stdout)."""
 

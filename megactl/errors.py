@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+EXIT_INTERRUPTED = 130
+"""Exit code of what the user has ended with Ctrl-C: 128 and the number of SIGINT, as shells have it."""
+
 
 class MegactlError(Exception):
     """An expected failure. `hint` says what to do; `exit_code` is the process's exit code (2: the input was wrong)."""

@@ -13,7 +13,7 @@ from megactl.commands.bench_train import train
 from megactl.commands.common import emit_json, say
 from megactl.commands.tables import markdown_table, show_table
 from megactl.commands.typer_app import App
-from megactl.errors import ConfigError, Problem
+from megactl.errors import EXIT_INTERRUPTED, ConfigError, Problem
 
 if TYPE_CHECKING:
     from megactl.engine.bench import Plan, Row
@@ -25,7 +25,6 @@ app.command("train", **train.command_options)(train)
 _HEADER = ("operator", "direction", "size", "shape", "type", "megactl", "eager", "compile", "copy")
 _HEADER += ("GB/s", "of copy", "against torch", "verdict")
 _DEVICES, _DTYPES = ("auto", "cpu", "cuda"), ("fp32", "bf16", "fp16", "fp64")
-EXIT_INTERRUPTED = 130
 
 
 @app.command("ops")

@@ -13,7 +13,7 @@ import typer
 
 from megactl.commands.common import emit_json, say
 from megactl.commands.tables import markdown_table, show_table
-from megactl.errors import ConfigError, MegactlError, Problem
+from megactl.errors import EXIT_INTERRUPTED, ConfigError, MegactlError, Problem
 from megactl.report.published import STRATEGIES, RecomputeRow, recompute_rows
 
 if TYPE_CHECKING:
@@ -115,16 +115,17 @@ def recompute(
     assert start is not None
     measured, code = ([], 0) if dry_run else measure(cells, start, wanted["iterations"])
     document = _document(cells if dry_run else cells[: len(measured)], measured, wanted)
-    if markdown is not None:
+    if not json_:
+        # Before a file that cannot be written: minutes of measuring are in it.
+        _print(document)
+    if markdown is not None and document["rows"]:
         write_text(markdown, _markdown(document))
-    if plot is not None:
+    if plot is not None and document["rows"]:
         from megactl.report.recompute import write_recompute_plot
 
         write_recompute_plot(document["rows"], plot)
     if json_:
         emit_json({**document, "left_out": left_out, "exit_code": code})
-    else:
-        _print(document)
     return code
 
 
@@ -237,8 +238,12 @@ def measure(cells: Sequence[Cell], start: StartInfo, iterations: int) -> tuple[l
     say(f"{len(cells)} rows on {start.world_size} ranks; rows and logs go to {run_dir}")
     with claim(str(run_dir)):
         (run_dir / ROWS_FILE).unlink(missing_ok=True)
-        code = launch(first.run, first, start, worker=time_cells(cells, iterations))
-    return read_rows(run_dir), code
+        code = launch(first.run, first, start, worker=time_cells(cells, iterations), stopping="this row is the last one")
+    measured = read_rows(run_dir)
+    if code == 0 and len(measured) < len(cells):
+        say("interrupted: these are the rows that were done", label="warning")
+        code = EXIT_INTERRUPTED
+    return measured, code
 
 
 def _document(cells: Sequence[Cell], measured: Sequence[Measured], wanted: Mapping[str, Any]) -> dict[str, Any]:

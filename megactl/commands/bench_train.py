@@ -76,12 +76,13 @@ def train(**options: Any) -> int:
     for row in rows:
         row["time_over_first"] = row["ms"] / rows[0]["ms"]
         row["memory_over_first"] = row["peak_mib"] / rows[0]["peak_mib"] if row["peak_mib"] else None
-    if options["markdown"] is not None:
+    if rows and not options["as_json"]:
+        # Before a file that cannot be written: minutes of measuring are in it.
+        show_table(HEADER, [_cells(row) for row in rows], right=_NUMBERS)
+    if options["markdown"] is not None and rows:
         write_text(options["markdown"], markdown_table(HEADER, [_cells(row) for row in rows], right=_NUMBERS) + "\n")
     if options["as_json"]:
         emit_json({"rows": rows, "exit_code": code})
-    else:
-        show_table(HEADER, [_cells(row) for row in rows], right=_NUMBERS)
     return code
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
-from train_harness import Runs
+from train_harness import Runs, clean_environment, wait_for
 
 from megactl.commands.bench_recompute import MODELS
 
@@ -62,3 +63,23 @@ def test_two_ranks_go_through_the_list(train: Runs):
     assert "## gpt-345m, tp 2, pp 1" in (train.folder / "table.md").read_text()
     assert (train.folder / "t.svg").read_text().startswith("<?xml")
     assert "left out: bert-345m, tp 3, pp 1" in done.err
+
+
+def test_ctrl_c_ends_after_the_row_and_shows_what_was_done(train: Runs):
+    rows = ["--dp 2", "--pp 2", "--tp 2"]
+    options = ["--nproc", "2", "--gbs", "4", "--iterations", "200", "--run-dir", "run", *of_rows(rows)]
+    command = train.zygote.begin((*TRAIN, *options), cwd=train.folder, environment=clean_environment())
+    wait_for(lambda: (train.folder / "run" / "rows.jsonl").exists(), command.alive)
+    command.signal(signal.SIGINT)
+    done = command.wait()
+    found = json.loads(done.out)
+    assert done.code == found["exit_code"] == 130
+    assert [row["row"] for row in found["rows"]] == rows[: len(found["rows"])] and 1 <= len(found["rows"]) < 3
+    assert "SIGINT received: this row is the last one" in done.err and "interrupted: these are the rows" in done.err
+
+
+def test_a_page_that_cannot_be_written_costs_no_rows(train: Runs):
+    options = ["--nproc", "1", "--gbs", "1", "--iterations", "1", "--run-dir", "run", "--row", "--dp 1", "--markdown", "/dev/full"]
+    done = train.command(*(word for word in TRAIN if word != "--json"), *options)
+    assert done.code == 2 and "--dp 1" in done.out
+    assert "/dev/full: cannot be written" in done.err

@@ -25,7 +25,7 @@ from megactl.engine.data import build_datasets
 from megactl.engine.data.loader import BatchLoader
 from megactl.engine.launch import RankContext
 from megactl.engine.mesh import Mesh, build_mesh, degrees
-from megactl.engine.training_step import TrainingStep
+from megactl.engine.training_step import StepOutcome, TrainingStep
 from megactl.engine.world import joined
 
 ROWS_FILE = "rows.jsonl"
@@ -67,14 +67,20 @@ class Measured:
 
 
 def time_cells(cells: Sequence[Cell], iterations: int) -> Callable[[Run, Any, RankContext], int]:
-    """A worker for `launch` that times `iterations` steps of each cell, and appends a line for each to ROWS_FILE of the run directory."""
+    """A worker for `launch` that times `iterations` steps of each cell, and appends a line for each to ROWS_FILE of the run directory.
+
+    Asked to stop, it ends after the cell it is at.
+    """
 
     def work(run: Run, resolved: Any, context: RankContext) -> int:
         del resolved
         with joined(run, context) as device:
             meshes: dict[tuple, Mesh] = {}
             for cell in cells:
-                _report(context, _time(cell, iterations, _mesh_of(cell.resolved.run, device, meshes), context))
+                measured, asked_to_stop = _time(cell, iterations, _mesh_of(cell.resolved.run, device, meshes), context)
+                _report(context, measured)
+                if asked_to_stop:
+                    break
         return 0
 
     return work
@@ -104,28 +110,30 @@ def _report(context: RankContext, measured: Measured) -> None:
             file.write(json.dumps(asdict(measured)) + "\n")
 
 
-def _time(cell: Cell, iterations: int, mesh: Mesh, context: RankContext) -> Measured:
+def _time(cell: Cell, iterations: int, mesh: Mesh, context: RankContext) -> tuple[Measured, bool]:
+    """What the cell took, and whether a rank was asked to stop meanwhile: the same answer on all."""
     device = mesh.device
     is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    loss, milliseconds = _steps(cell.resolved, iterations, mesh, context)
+    outcome, milliseconds = _steps(cell.resolved, iterations, mesh, context)
     name = torch.cuda.get_device_name(device) if is_cuda else "cpu"
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if is_cuda else None
+    loss, asked_to_stop = outcome.loss.item(), bool(outcome.stop)
     gc.collect()
     if is_cuda:
         torch.cuda.empty_cache()
     group = checkpoint.ProcessGroup(mesh.objects) if mesh.world_size > 1 else checkpoint.SingleProcess()
     gathered = group.gather((milliseconds, peak))
     if gathered is None:
-        return Measured(cell.key, tuple(milliseconds), peak, loss, mesh.world_size, name)
+        return Measured(cell.key, tuple(milliseconds), peak, loss, mesh.world_size, name), asked_to_stop
     slowest = tuple(max(values) for values in zip(*(times for times, _ in gathered), strict=True))
     peaks = [value for _, value in gathered if value is not None]
-    return Measured(cell.key, slowest, max(peaks) if peaks else None, loss, mesh.world_size, name)
+    return Measured(cell.key, slowest, max(peaks) if peaks else None, loss, mesh.world_size, name), asked_to_stop
 
 
-def _steps(resolved: Resolved, iterations: int, mesh: Mesh, context: RankContext) -> tuple[float, list[float]]:
-    """The loss of the last step, and milliseconds of each after the warm-up; what was built for it is dropped at the return."""
+def _steps(resolved: Resolved, iterations: int, mesh: Mesh, context: RankContext) -> tuple[StepOutcome, list[float]]:
+    """The outcome of the last step, and milliseconds of each after the warm-up; what was built for it is dropped at the return."""
     run, size = resolved.run, resolved.batch.global_batch_size
     total = WARM_UP + iterations
     engine = TrainingStep(run, mesh)
@@ -137,10 +145,11 @@ def _steps(resolved: Resolved, iterations: int, mesh: Mesh, context: RankContext
     clock = _Clock(mesh.device)
     with preferred_attention(masked=gives_masks(run)):
         for iteration in range(1, total + 1):
-            outcome = engine.step(iteration, held.__getitem__, global_batch_size=size, learning_rate=1e-5)
+            stop = float(context.stop.requested is not None)
+            outcome = engine.step(iteration, held.__getitem__, global_batch_size=size, learning_rate=1e-5, stop=stop)
             clock.tick()
             context.heartbeat.beat(iteration)
-    return outcome.loss.item(), clock.milliseconds()[WARM_UP - 1 :]
+    return outcome, clock.milliseconds()[WARM_UP - 1 :]
 
 
 class _Clock:

@@ -35,7 +35,7 @@ def run_forked(job: Job) -> int:
     with _wire(start) as wires:
         watch = HangWatch(wires.board, job.limits)
         children = _fork_all(job, wires)
-        outcome = Supervisor(children, wires.board, watch, job.run_dir, wires.read_end).run()
+        outcome = Supervisor(children, wires.board, watch, job.run_dir, wires.read_end, job.stopping).run()
     return _conclude(job, outcome)
 
 

@@ -22,7 +22,10 @@ EXIT_ABORTED = 130
 
 @dataclass(frozen=True)
 class Job:
-    """A run about to start in this process. `started`: time.monotonic(); `limits`: of ranks without progress."""
+    """A run about to start in this process.
+
+    `started`: time.monotonic(); `limits`: of ranks without progress; `stopping`: what the worker does when it is asked to stop.
+    """
 
     run: Run
     resolved: Any
@@ -31,6 +34,7 @@ class Job:
     worker: Worker
     started: float
     limits: Limits
+    stopping: str
 
     def work(self, context: RankContext) -> int:
         """Call the worker of one rank."""

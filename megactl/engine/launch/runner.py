@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from megactl.config.start import StartInfo
 
 
-def launch(run: Run, resolved: Any, start: StartInfo, *, worker: Worker | None = None) -> int:
+SAVES = "the run saves at the end of this iteration and exits with code 75"
+
+
+def launch(run: Run, resolved: Any, start: StartInfo, *, worker: Worker | None = None, stopping: str = SAVES) -> int:
     """Run `worker(run, resolved, context)` on every rank this process answers for, and return the exit code.
 
     0 done; 75 saved, run again; 130 ended by a second Ctrl-C; otherwise the code of the rank that failed first (2 for a user's
-    mistake, 1 for anything else), whose error is printed. Default worker: `megactl.engine.trainer.run_rank`.
+    mistake, 1 for anything else), whose error is printed. Default worker: `megactl.engine.trainer.run_rank`. `stopping` tells the
+    user what a worker does once a signal has asked it to stop.
     Raises MegactlError for what is wrong before a rank starts (no torch, port taken). The caller holds the run directory
     (`config.store.claim`); the ranks share that lock, so it lasts until the last of them is gone.
     """
@@ -35,7 +39,7 @@ def launch(run: Run, resolved: Any, start: StartInfo, *, worker: Worker | None =
     check_loggers(resolved.run)
     os.environ.update(thread_environment(start.local_world_size))
     run_dir = _run_directory(resolved.run, start)
-    job = Job(run, resolved, start, run_dir, worker or _default_worker(), started, limits)
+    job = Job(run, resolved, start, run_dir, worker or _default_worker(), started, limits, stopping)
     return run_forked(job) if start.spawns else run_inplace(job)
 
 

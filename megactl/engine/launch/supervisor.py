@@ -50,14 +50,17 @@ class Outcome:
 
 
 class Supervisor:
-    """Supervises `children`; `stderr_pipe` carries rank 0's stderr to the console and its log. Use `run` once."""
+    """Supervises `children`; `stderr_pipe` carries rank 0's stderr to the console and its log; `stopping`: see `Job`. Use `run` once."""
 
-    def __init__(self, children: list[Child], board: Board, watch: HangWatch, run_dir: Path, stderr_pipe: int | None) -> None:
+    def __init__(
+        self, children: list[Child], board: Board, watch: HangWatch, run_dir: Path, stderr_pipe: int | None, stopping: str
+    ) -> None:  # fmt: skip
         self._children = children
         self._board = board
         self._watch = watch
         self._run_dir = run_dir
         self._pipe = stderr_pipe
+        self._stopping = stopping
         self._pipe_log = log_path(run_dir, 0).open("ab", buffering=0) if stderr_pipe is not None else None
         self._live_line = stderr_pipe is not None and sys.stderr.isatty()
         self._unfinished = b""
@@ -178,9 +181,9 @@ class Supervisor:
                 self._outcome.aborted = True
             elif not self._board.stop_signal:
                 self._board.stop_signal = number
-                again = "; press Ctrl-C again to end at once without saving" if number == signal.SIGINT else ""
+                again = "; press Ctrl-C again to end at once" if number == signal.SIGINT else ""
                 name = signal.Signals(number).name
-                self.say(f"{name} received: the run saves at the end of this iteration and exits with code 75{again}")
+                self.say(f"{name} received: {self._stopping}{again}")
 
     def _stopped(self) -> list[Child]:
         return [child for child in self._alive() if process_state(child.pid) in ("T", "t")]
