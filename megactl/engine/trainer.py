@@ -31,7 +31,7 @@ from megactl.engine.metrics import MetricsWriter, Step
 from megactl.engine.optimizer import learning_rate
 from megactl.engine.resilience import exit_duration_reached
 from megactl.engine.state import check_fits, pieces_to_load, pieces_to_save
-from megactl.engine.training_step import StepOutcome, TrainingStep
+from megactl.engine.training_step import StepOutcome, TrainingStep, means
 from megactl.engine.world import joined
 from megactl.errors import CheckpointError, MegactlError, RunError
 from megactl.report.records import METRICS_FILE, read_records
@@ -346,12 +346,13 @@ class Trainer:
         # Always the same samples, so that the points of a validation curve differ by the model alone.
         started, size = time.monotonic(), self.batch.global_batch_size
         count = size // (self.run.training.micro_batch_size * self.mesh.dp.size)
-        loader, losses = self._loader(self.valid_data), []
+        loader, totals = self._loader(self.valid_data), []
         with self.context.heartbeat.phase("evaluate"):
             for index in range(self.run.training.eval_iterations):
                 first = index * size
-                losses.append(self.engine.evaluate(lambda m, first=first: loader.micro_batch(first, m), count, size))
-            parts = torch.stack(losses).mean(0).tolist()
+                totals.append(self.engine.evaluation_sums(lambda m, first=first: loader.micro_batch(first, m), count, size))
+            # Not the mean of the batches' means, in which a token counts for more where there are few.
+            parts = means(torch.stack(totals).sum(0)).tolist()
         if self.writer is not None:
             seconds = time.monotonic() - started
             self.writer.evaluation(self.progress.iteration, sum(parts), losses=self._named(parts), seconds=seconds)

@@ -179,11 +179,15 @@ class TrainingStep:
 
     def evaluate(self, batches: Batches, count: int, global_batch_size: int) -> Tensor:
         """Each of `losses` over `count` micro-batches a replica, without dropout; [k] in float64, equal on all ranks."""
+        return means(self.evaluation_sums(batches, count, global_batch_size))
+
+    def evaluation_sums(self, batches: Batches, count: int, global_batch_size: int) -> Tensor:
+        """What `evaluate` divides: sums of each of `losses`, and how many terms they have; [2, k], to be added up over global batches."""
         sums, counts = self.executor.run(self._schedule("forward", count), self._inputs(0, batches, count, global_batch_size, False))
         totals = torch.stack([sums, counts]) * self._reports_loss
         if self.mesh.world_size > 1:
             all_reduce(totals, None)
-        return totals[0] / totals[1].clamp(min=1.0)
+        return totals
 
     def gradients(self) -> dict[str, tuple[ParameterSpec, Tensor]]:
         """The last step's gradients before clipping, padding rows left out; collective over the replicas under ZeRO."""
@@ -195,3 +199,8 @@ class TrainingStep:
 
     def _merged(self, values: Callable[[Part], Tensor]) -> dict[str, tuple[ParameterSpec, Tensor]]:
         return {name: found for part in self.parts for name, found in by_name(part.flat, values(part)).items()}
+
+
+def means(totals: Tensor) -> Tensor:
+    """Losses [k] of their sums and numbers of terms [2, k]; 0 for one without terms."""
+    return totals[0] / totals[1].clamp(min=1.0)

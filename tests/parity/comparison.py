@@ -86,3 +86,17 @@ def differing_bits(one: Sequence[RankResult], two: Sequence[RankResult]) -> list
         for left, right in zip((*a.gradients, a.weights), (*b.gradients, b.weights), strict=True):
             found += [f"{name} on rank {rank}" for name in left if left[name].values.tobytes() != right[name].values.tobytes()]
     return found
+
+
+def unequal_copies(results: Sequence[RankResult], name: str, copies: int) -> list[str]:
+    """Where the ranks that hold a weight differ in a bit of it, or are not `copies`; empty where all is well.
+
+    Stages of one rank hold their copies under one name, so a rank counts once and says itself whether its copies differ.
+    """
+    held = [(rank, result.weights[name]) for rank, result in enumerate(results) if name in result.weights]
+    first: dict[tuple, bytes] = {}
+    found = [] if len(held) == copies else [f"{name} is on {len(held)} ranks, not on {copies}"]
+    for rank, piece in held:
+        if first.setdefault(piece.rectangle, piece.values.tobytes()) != piece.values.tobytes():
+            found.append(f"{name} on rank {rank} is another one")
+    return found + [f"copies on rank {rank} differ" for rank, result in enumerate(results) if result.facts["copies_differ"]]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from unittest import mock
 
+from parity.cases import Case
+
 
 @dataclass(frozen=True)
 class Mutation:
@@ -17,6 +19,11 @@ class Mutation:
     layout: tuple[int, int, int]
     seen_as: str
     settings: dict[str, object] = field(default_factory=dict)
+
+    def case(self) -> Case:
+        """The case that suffers from it."""
+        tp, pp, dp = self.layout
+        return Case(tp=tp, pp=pp, dp=dp, **self.settings)
 
 
 def patched(owner: object, name: str, make: Callable) -> Callable[[], AbstractContextManager]:

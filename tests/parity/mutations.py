@@ -117,6 +117,31 @@ def _padding_in_softmax(original: Callable) -> Callable:
     return mutated
 
 
+def _logits_of_every_rank(original: Callable) -> Callable:
+    """Each rank adds the exponentials of the whole vocabulary, as if what it holds were a share of it."""
+
+    def mutated(self, tensor):
+        tensor[0] *= self.tp.size
+        original(self, tensor)
+
+    return mutated
+
+
+def _on_the_first_rank(original: Callable) -> Callable:
+    """Tensors that are divided, taken for copies."""
+
+    def mutated(model, prefix, module, leaf, parameter, mesh, reader):
+        spec = original(model, prefix, module, leaf, parameter, mesh, reader)
+        return replace(spec, counted=spec.counted and mesh.tp.rank == 0)
+
+    return mutated
+
+
+def _a_unit_early(original: Callable) -> Callable:
+    """The notice of a unit's backward comes before its gradients: those of the unit below leave with it."""
+    return lambda self, unit: original(self, max(unit - 1, 0))
+
+
 def _one_token_type(original: Callable) -> Callable:
     def mutated(self, *arguments):
         made = original(self, *arguments)
@@ -182,6 +207,15 @@ _GPT_MUTATIONS = {
     ),
     "padding counts in the softmax": Mutation(
         patched(tensor_parallel.VocabParallelHead, "__init__", _padding_in_softmax), (2, 1, 1), "loss on rank 0, step 1"
+    ),
+    "every rank's logits count in the softmax": Mutation(
+        patched(tensor_parallel._VocabReduce, "sum", _logits_of_every_rank), (2, 1, 1), "loss on rank 0, step 1"
+    ),
+    "divided tensors enter the norm on the first rank alone": Mutation(
+        patched(flat, "_spec", _on_the_first_rank), (2, 1, 1), "norm on rank 0, step 1"
+    ),
+    "a bucket leaves before its gradients are there": Mutation(
+        patched(data_parallel.GradientReducer, "_launch_above", _a_unit_early), (1, 1, 2), "gradient in step 1", {"bucket": 1}
     ),
     "later micro-batches overwrite": Mutation(
         patched(pipeline._Step, "_micro_batch", changed(accumulate=False)), (1, 2, 1), "gradient in step 1", {"micro_batches": 3}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from megactl.engine import (
     boundary,
     data_parallel,
@@ -65,6 +67,39 @@ def _first_input_gradient(original: Callable) -> Callable:
     return mutated
 
 
+def _other_shares(original: Callable) -> Callable:
+    """Copies that lie at different places of their stages' buffers: the last stage adds one replica's share to another's."""
+
+    def mutated(optimizers, embedding):
+        states = [state for optimizer in optimizers for state in optimizer.states if state.bucket.tied]
+        if embedding is None or embedding.rank == 0:
+            return original(optimizers, embedding)
+        for state in states:
+            state.grad.copy_(state.grad.roll(state.grad.numel() // 2))
+        original(optimizers, embedding)
+
+    return mutated
+
+
+def _not_shared(original: Callable) -> Callable:
+    """Losses and counts of this rank alone; the norm is that of all."""
+
+    def mutated(self, sums, counts, stop):
+        totals = original(self, sums, counts, stop)
+        return torch.cat([totals[:2], sums * self._reports_loss, counts * self._reports_loss])
+
+    return mutated
+
+
+def _mean_of_one_micro_batch(original: Callable) -> Callable:
+    """Backward of each micro-batch starts from its own mean, and nobody divides by their number."""
+
+    def mutated(self, held, size):
+        return original(self, held, self.run.training.micro_batch_size * self.mesh.dp.size)
+
+    return mutated
+
+
 def _last_rank_reports(original: property) -> property:
     return property(lambda self: float(self.mesh.tp.rank == 0 and self.mesh.pp.rank == self.mesh.pp.size - 1))
 
@@ -105,6 +140,18 @@ PIPELINE = {
         (1, 2, 1),
         "gradient in step 1 embedding.tokens.weight",
         {"schedule": "zb-v"},
+    ),
+    "shares of a tied copy meet other shares": Mutation(
+        patched(training_step, "reduce_tied", _other_shares), (1, 2, 2), "gradient in step 1 embedding.tokens.weight", {"zero": 1}
+    ),
+    "the loss stays on the last stage": Mutation(
+        patched(training_step.TrainingStep, "_totals", _not_shared), (1, 2, 1), "loss on rank 0, step 1: 0.0"
+    ),
+    "gradients are a sum over micro-batches": Mutation(
+        patched(training_step.TrainingStep, "_loss_gradient", _mean_of_one_micro_batch),
+        (1, 2, 2),
+        "gradient in step 1",
+        {"zero": 3, "micro_batches": 3},
     ),
     "the last rank reports the loss of a V": Mutation(
         patched(training_step.TrainingStep, "_reports_loss", _last_rank_reports),

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from torch import ones_like
+from torch.distributed import get_world_size
 
 from megactl.engine import data_parallel, functional, parallelize, sequence_parallel, sharded_gradients
-from megactl.engine.collectives import all_reduce
+from megactl.engine.collectives import all_gather, all_reduce
 from megactl.engine.models import bert
 from megactl.engine.models.layers import Dropout, Linear
 from parity.faults import Mutation, nothing, patched, twice
@@ -19,6 +20,19 @@ def _ranks_reversed(original: Callable) -> Callable:
         whole, handle = original(self, x)
         handle.wait()
         return whole.view(self.tp.size, -1).flip(0).view_as(whole), handle
+
+    return mutated
+
+
+def _from_everywhere(original: Callable) -> Callable:
+    """A gather over all ranks in place of this replica's: its first shares are another replica's."""
+
+    def mutated(self, x):
+        whole, handle = original(self, x)
+        handle.wait()
+        shares = x.new_empty(get_world_size(), x.numel())
+        all_gather(shares.view(-1), x.contiguous().view(-1), None)
+        return whole.view(self.tp.size, -1).copy_(shares[: self.tp.size]).view_as(whole), handle
 
     return mutated
 
@@ -67,6 +81,15 @@ _FAULTS: dict[str, Mutation] = {
     ),
     "tokens are gathered in another order": Mutation(
         patched(sequence_parallel.RankTokens, "start_gather", _ranks_reversed), (2, 1, 1), "loss on rank 0, step 1"
+    ),
+    "tokens are gathered over the ranks of another replica": Mutation(
+        patched(sequence_parallel.RankTokens, "start_gather", _from_everywhere), (2, 1, 2), "loss on rank 0, step 1"
+    ),
+    "gradients of RMSNorm are not summed over the tensor-parallel ranks": Mutation(
+        patched(data_parallel.GradientReducer, "_sum_partial", nothing),
+        (2, 1, 1),
+        "gradient in step 1 layers.0.attention_norm.weight",
+        {"normalization": "rmsnorm"},
     ),
     "the input is not gathered again": Mutation(
         patched(functional, "_start_tokens", _ones), (2, 1, 1), "gradient in step 1 layers.0.attention.qkv.weight"

@@ -84,6 +84,30 @@ def _poisoned_gaps(original: Callable) -> Callable:
     return mutated
 
 
+def _as_before_the_step(original: Callable) -> Callable:
+    """Shares as they were when the first step gathered them: those of a gather that was begun before the update."""
+
+    def mutated(self, whole):
+        handle = original(self, whole)
+        if handle is not None:
+            handle.wait()
+        self.__dict__.setdefault("before", whole.clone())
+        whole.copy_(self.before)
+
+    return mutated
+
+
+def _added_to_itself(original: Callable) -> Callable:
+    """What a micro-batch brings lies where the sum is."""
+
+    def mutated(self, index, own, is_first):
+        original(self, index, own, True)
+        if not is_first:
+            self.shards[index].add_(self.shards[index])
+
+    return mutated
+
+
 _REDUCER, _GATHERER = sharded_gradients.ShardedReducer, gather.WeightGatherer
 _THREE = {"zero": 3, "micro_batches": 3}
 ZERO = {
@@ -103,6 +127,12 @@ ZERO = {
         patched(_GATHERER, "_enter", _freed_before_use), (1, 1, 2), "loss on rank 0, step 1", _THREE
     ),
     "gathered weights outlive the step": Mutation(patched(_GATHERER, "_release", nothing), (1, 1, 2), "loss on rank 0, step 2", _THREE),
+    "the weights of the step before are gathered": Mutation(
+        patched(gather.DeviceShard, "gather", _as_before_the_step), (1, 1, 2), "loss on rank 0, step 2", _THREE | {"prefetch": 2}
+    ),
+    "a lone replica's gradients are added to themselves": Mutation(
+        patched(_REDUCER, "_take", _added_to_itself), (1, 1, 1), "gradient in step 1", _THREE
+    ),
     "whole weights are not gathered": Mutation(
         patched(zero, "all_gather", no_gather), (1, 1, 2), "weight", {"zero": 3, "threshold": 100}
     ),

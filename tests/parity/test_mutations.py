@@ -16,14 +16,9 @@ from parity.mutations import MUTATIONS
 TOLERANCE = 1e-9
 
 
-def case_of(name: str) -> Case:
-    (tp, pp, dp), settings = MUTATIONS[name].layout, MUTATIONS[name].settings
-    return Case(tp=tp, pp=pp, dp=dp, **settings)
-
-
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_fault_is_seen(parity: Parity, name: str):
-    case = case_of(name)
+    case = MUTATIONS[name].case()
     assert not parity.deviations(case, TOLERANCE), "the case must agree without the fault"
     found = parity.deviations(case, TOLERANCE, mutation=name)
     assert any(line.startswith(MUTATIONS[name].seen_as) for line in found), found[:5]
