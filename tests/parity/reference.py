@@ -116,7 +116,8 @@ def batch_losses(
     output = model(batch.tokens, MicroBatch(rng, batch.position_ids, visible(batch), dropout=dropout, token_types=batch.token_types))
     logits, sentence = output if isinstance(output, tuple) else (output, None)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
-    means = [(losses * batch.loss_mask.flatten()).sum() / batch.loss_mask.sum()]
+    # A batch may have no masked token at all: nothing to learn there, so 0 and not 0 / 0.
+    means = [(losses * batch.loss_mask.flatten()).sum() / batch.loss_mask.sum().clamp(min=1)]
     if sentence is not None:
         means.append(nn.functional.cross_entropy(sentence, batch.sentence_labels))
     return torch.stack(means)

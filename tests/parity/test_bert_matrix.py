@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parity.cases import Case, each_value, full, layouts, main_factors, of_layout, other_factors, pairwise_rows
+from parity.cases import Case, each_value, full, layouts, main_factors, of_layout, other_factors, pairwise_rows, with_settings
 from parity.harness import Parity
 
 TOLERANCE = 1e-9
@@ -31,6 +31,15 @@ def show(case: Case) -> str:
 
 @pytest.mark.parametrize("case", dict.fromkeys([*SMALL, *LARGE, *STEPS]), ids=show)
 def test_bert_equals_one_process(parity: Parity, case: Case):
+    assert not parity.deviations(case, TOLERANCE)
+
+
+ONE_SAMPLE = Case(model="bert", micro_batch=1, micro_batches=1)
+
+
+@pytest.mark.parametrize("case", [with_settings(ONE_SAMPLE, pp=2), with_settings(ONE_SAMPLE, cp=2, zero=2)], ids=show)
+def test_a_batch_without_a_masked_token_has_no_loss_of_them(parity: Parity, case: Case):
+    assert 0.0 in [parts[0] for parts in parity.reference(case).parts]
     assert not parity.deviations(case, TOLERANCE)
 
 
