@@ -151,7 +151,7 @@ class Parallel:
     )  # fmt: skip
     schedule: str = setting(
         "1f1b", "order of the micro-batches: gpipe keeps the activations of all; 1f1b of pp of them; zb-h1 waits a third as long in the "
-        "same memory; zb-h2 hardly, with twice the activations; zb-v hardly, with those of 1f1b and twice the messages",
+        "same memory; zb-h2 as zb-h1, but at the end, with twice the activations; zb-v a sixth, in 1f1b's memory, for twice the messages",
         flags=("--schedule",), choices=("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v"),
     )  # fmt: skip
     virtual_pipeline: int = setting(
