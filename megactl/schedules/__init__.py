@@ -10,6 +10,7 @@ from megactl.schedules.actions import (
     Item,
     Kind,
     LoweredSchedule,
+    RankProgram,
     Schedule,
     Transfer,
     assign_slots,
@@ -26,12 +27,13 @@ from megactl.schedules.generators import (
     peak_live,
     placement,
 )
-from megactl.schedules.lowering import lower
+from megactl.schedules.lowering import Dates, lower, lower_rank
 from megactl.schedules.published import PublishedBubble, Work, published_bubble
-from megactl.schedules.simulation import Span, Timeline, simulate
+from megactl.schedules.simulation import Span, Timeline, Totals, durations_of, simulate, totals
 from megactl.schedules.trace import TracedSpan, executed, in_slots, measured, premature
 from megactl.schedules.validation import validate
 from megactl.schedules.validation_lowered import validate_lowered
+from megactl.schedules.validation_rank import check_rank, checked_program
 from megactl.schedules.view import text_view
 
 __all__ = [
@@ -41,25 +43,32 @@ __all__ = [
     "NONE",
     "WEIGHT_GRADIENT",
     "Action",
+    "Dates",
     "Exchange",
     "Generator",
     "Item",
     "Kind",
     "LoweredSchedule",
     "PublishedBubble",
+    "RankProgram",
     "Schedule",
     "Span",
     "Timeline",
+    "Totals",
     "TracedSpan",
     "Transfer",
     "Work",
     "assign_slots",
     "build",
+    "check_rank",
+    "checked_program",
+    "durations_of",
     "executed",
     "forward_only",
     "generate",
     "in_slots",
     "lower",
+    "lower_rank",
     "max_live_microbatches",
     "max_live_on_rank",
     "measured",
@@ -70,6 +79,7 @@ __all__ = [
     "published_bubble",
     "simulate",
     "text_view",
+    "totals",
     "validate",
     "validate_lowered",
 ]

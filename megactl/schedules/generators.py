@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import WEIGHT_GRADIENT, Kind, Order, Schedule, build
+from megactl.schedules.actions import WEIGHT_GRADIENT, Kind, Order, Programs, Schedule
 from megactl.schedules.interleaved import interleaved_max_live, interleaved_order, interleaved_rank_live
 from megactl.schedules.zero_bubble import (
     handcrafted_max_live,
@@ -118,7 +118,7 @@ def generate(name: str, *, num_ranks: int, num_microbatches: int, chunks: int | 
         fused(order, placed) if generator.splits_backward else order
         for order in (generator.order(rank, num_ranks, num_microbatches, chunks) for rank in range(num_ranks))
     ]
-    return build(name, orders, num_microbatches=num_microbatches, stage_to_rank=placed)
+    return Schedule(name, num_ranks, num_microbatches, len(placed), placed, Programs(orders))
 
 
 def fused(order: Order, stage_to_rank: Sequence[int]) -> Order:

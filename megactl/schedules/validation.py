@@ -23,14 +23,21 @@ def validate(schedule: Schedule) -> None:
     and either one B or one I and one W, in that order; slots are never shared by two live micro-batches and none is left unused;
     live micro-batches stay within the published bound of the named schedule; and the whole runs without deadlock.
     """
-    _check_shape(schedule)
-    for rank, program in enumerate(schedule.programs):
-        _check_complete(schedule, rank, _check_program(schedule, rank, program))
-        _check_slots(schedule, rank, program)
+    check_shape(schedule)
+    for rank in range(schedule.num_ranks):
+        check_computations(schedule, rank)
     run_times(schedule, UNIT_TIMES)
 
 
-def _check_shape(schedule: Schedule) -> None:
+def check_computations(schedule: Schedule, rank: int) -> None:
+    """The rules of `validate` that are about one rank's program. Raises ScheduleError."""
+    program = schedule.programs[rank]
+    _check_complete(schedule, rank, _check_program(schedule, rank, program))
+    _check_slots(schedule, rank, program)
+
+
+def check_shape(schedule: Schedule) -> None:
+    """The rules of `validate` on numbers and placement. Raises ScheduleError."""
     for label, value in (("num_ranks", schedule.num_ranks), ("num_microbatches", schedule.num_microbatches)):
         if value < 1:
             raise ScheduleError(f"{label} = {value}: a schedule needs at least 1")
