@@ -16,7 +16,7 @@ from megactl.commands.tables import show_table
 from megactl.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from megactl.schedules import PublishedBubble, Schedule, Timeline, Work
+    from megactl.schedules import Kind, PublishedBubble, Schedule, Timeline, Times, Work
 
 _MOST_COMPUTATIONS, _MOST_RATIO = 2_000_000, 1000.0
 
@@ -38,6 +38,17 @@ class _Request:
         from megactl.schedules import Work
 
         return Work(self.forward, self.backward - self.weight_gradient, self.weight_gradient)
+
+    def durations(self, chunks: int) -> dict[Kind, float]:
+        """Times of one micro-batch on one of a rank's chunks."""
+        from megactl.schedules import durations_of
+
+        return durations_of(
+            self.forward / chunks,
+            self.backward / chunks,
+            input_gradient=self.work.input_gradient / chunks,
+            weight_gradient=self.weight_gradient / chunks,
+        )
 
 
 def schedule(
@@ -87,7 +98,8 @@ def schedule(
     if name is None:
         return _compare(_Request(pp, 2 if vpp is None else vpp, micro_batches, forward, backward, weight_gradient, transfer), json_=json_)
     request = _Request(pp, values["--vpp"], micro_batches, forward, backward, weight_gradient, transfer)
-    document, made, timeline = _run(name, request)
+    document, times = _run(name, request)
+    made, timeline = times.schedule, times.timeline()
     if plot is not None:
         _draw(document, timeline, made, plot)
     if json_:
@@ -148,22 +160,16 @@ def _output_problems(name: str | None, plot: Path | None, width: int | None) -> 
         yield Problem(f"--width {width}", "must be at least 20", "leave it out for the terminal's")
 
 
-def _run(name: str, request: _Request) -> tuple[dict[str, Any], Schedule, Timeline]:
-    """One schedule: what is known of it as a document, the schedule, and when everything runs."""
-    from megactl.schedules import generate, max_live_on_rank, num_chunks, peak_live, published_bubble, simulate
+def _run(name: str, request: _Request) -> tuple[dict[str, Any], Times]:
+    """One schedule: what is known of it as a document, and when everything runs."""
+    from megactl.schedules import generate, max_live_on_rank, num_chunks, peak_of, published_bubble, run_times
 
     chunks = num_chunks(name, request.chunks)
     sizes = {"num_ranks": request.ranks, "num_microbatches": request.micro_batches, "chunks": chunks}
     made = generate(name, **sizes)
-    timeline = simulate(
-        made,
-        request.forward / chunks,
-        request.backward / chunks,
-        request.transfer,
-        input_gradient=request.work.input_gradient / chunks,
-        weight_gradient=request.weight_gradient / chunks,
-    )
-    live = [peak_live(name, dict.fromkeys(made.stages_of(rank), 1), rank=rank, **sizes)[0] for rank in range(request.ranks)]
+    times = run_times(made, request.durations(chunks), request.transfer)
+    timed = times.totals()
+    live = [peak_of(made.order(rank), dict.fromkeys(made.stages_of(rank), 1))[0] for rank in range(request.ranks)]
     published = published_bubble(name, work=request.work, **sizes)
     document = {
         "schedule": name,
@@ -172,19 +178,19 @@ def _run(name: str, request: _Request) -> tuple[dict[str, Any], Schedule, Timeli
         "micro_batches": request.micro_batches,
         "stage_to_rank": list(made.stage_to_rank),
         "times": {**vars(request.work), "transfer": request.transfer},
-        "time": timeline.makespan,
-        "ideal_time": timeline.ideal,
+        "time": timed.makespan,
+        "ideal_time": timed.ideal,
         "bubble": {
-            "idle": timeline.bubble,
-            "fraction": timeline.bubble_fraction,
-            "own_idle": timeline.own_bubble,
-            "own_fraction": timeline.own_bubble / timeline.ideal,
+            "idle": timed.bubble,
+            "fraction": timed.bubble_fraction,
+            "own_idle": timed.own_bubble,
+            "own_fraction": timed.own_bubble / timed.ideal,
             "published": None if published is None else vars(published),
         },
         "live_micro_batches": [count / chunks for count in live],
         "live_bound": [max_live_on_rank(name, rank=rank, **sizes) / chunks for rank in range(request.ranks)],
     }
-    return document, made, timeline
+    return document, times
 
 
 def _timeline_text(made: Schedule, timeline: Timeline, width: int | None) -> list[str]:

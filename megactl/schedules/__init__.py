@@ -25,11 +25,12 @@ from megactl.schedules.generators import (
     max_live_on_rank,
     num_chunks,
     peak_live,
+    peak_of,
     placement,
 )
 from megactl.schedules.lowering import Dates, lower, lower_rank
 from megactl.schedules.published import PublishedBubble, Work, published_bubble
-from megactl.schedules.simulation import Span, Timeline, Totals, durations_of, simulate, totals
+from megactl.schedules.simulation import UNIT_TIMES, Span, Timeline, Times, Totals, durations_of, run_times, simulate
 from megactl.schedules.trace import TracedSpan, executed, in_slots, measured, premature
 from megactl.schedules.validation import validate
 from megactl.schedules.validation_lowered import validate_lowered
@@ -41,6 +42,7 @@ __all__ = [
     "GENERATORS",
     "INPUT_GRADIENT",
     "NONE",
+    "UNIT_TIMES",
     "WEIGHT_GRADIENT",
     "Action",
     "Dates",
@@ -54,6 +56,7 @@ __all__ = [
     "Schedule",
     "Span",
     "Timeline",
+    "Times",
     "Totals",
     "TracedSpan",
     "Transfer",
@@ -74,12 +77,13 @@ __all__ = [
     "measured",
     "num_chunks",
     "peak_live",
+    "peak_of",
     "placement",
     "premature",
     "published_bubble",
+    "run_times",
     "simulate",
     "text_view",
-    "totals",
     "validate",
     "validate_lowered",
 ]

@@ -168,8 +168,13 @@ def peak_live(
     A micro-batch is live from its F to its B or W. The order itself is walked, since the stages of a rank are not full at the
     same time, and need not be equally large.
     """
+    return peak_of(_lookup(name).order(rank, num_ranks, num_microbatches, num_chunks(name) if chunks is None else chunks), kept)
+
+
+def peak_of(order: Order, kept: Mapping[int, int]) -> tuple[int, dict[int, int]]:
+    """`peak_live` of one rank's order that is at hand."""
     live, held, peak, at_peak = dict.fromkeys(kept, 0), 0, 0, dict.fromkeys(kept, 0)
-    for kind, stage, _ in _lookup(name).order(rank, num_ranks, num_microbatches, num_chunks(name) if chunks is None else chunks):
+    for kind, stage, _ in order:
         if kind is Kind.F:
             live[stage] += 1
             held += kept[stage]

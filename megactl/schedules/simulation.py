@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple
@@ -53,17 +54,17 @@ class Timeline(_Bubble):
 
     spans: tuple[tuple[Span, ...], ...]
 
-    @property
+    @cached_property
     def makespan(self) -> float:
         """Time from the first start to the last end over all ranks."""
         return max((row[-1].end for row in self.spans if row), default=0.0)
 
-    @property
+    @cached_property
     def ideal(self) -> float:
         """Computing time of the busiest rank: no order of the same work can be shorter."""
         return max((sum(span.end - span.start for span in row) for row in self.spans), default=0.0)
 
-    @property
+    @cached_property
     def own_bubble(self) -> float:
         """The longest idle time of a rank between its own first start and its own last end.
 
@@ -89,13 +90,7 @@ def simulate(
     Raises ScheduleError when no rank can go on, naming what each one waits for.
     """
     durations = durations_of(forward, backward, input_gradient=input_gradient, weight_gradient=weight_gradient)
-    rows = zip(schedule.programs, run_times(schedule, durations, transfer).ends, strict=True)
-    return Timeline(tuple(tuple(_spans(program, row, durations)) for program, row in rows))
-
-
-def _spans(program: tuple[Action, ...], ends: list[float], durations: Mapping[Kind, float]) -> Iterator[Span]:
-    for action, end in zip(program, ends, strict=True):
-        yield Span(action, end - durations[action.kind], end)
+    return run_times(schedule, durations, transfer).timeline()
 
 
 def durations_of(
@@ -111,20 +106,6 @@ def durations_of(
     }
 
 
-def totals(schedule: Schedule, durations: Mapping[Kind, float], transfer: float = 0.0) -> Totals:
-    """What a `Timeline` would say in numbers, without one: the spans of a long schedule take most of a simulation's time."""
-    makespan = ideal = own = 0.0
-    for rank, ends in enumerate(run_times(schedule, durations, transfer).ends):
-        order = schedule.order(rank)
-        if not order:
-            continue
-        counts = Counter(kind for kind, _, _ in order)
-        work = sum(durations[kind] * count for kind, count in counts.items())
-        makespan, ideal = max(makespan, ends[-1]), max(ideal, work)
-        own = max(own, ends[-1] - (ends[0] - durations[order[0][0]]) - work)
-    return Totals(makespan, ideal, own)
-
-
 UNIT_TIMES: Mapping[Kind, float] = MappingProxyType({Kind.F: 1.0, Kind.B: 2.0, Kind.I: 1.0, Kind.W: 1.0})
 """What a schedule is dated with where no durations are known: a backward does twice the work of a forward."""
 
@@ -133,17 +114,42 @@ NEVER = -1.0
 """The date of what is not there."""
 
 
-class Times(NamedTuple):
-    """When what is there. `ends[rank]` has the end of each computation in program order; the others, at stage x (micro-batches) +
-    micro-batch, the end of each forward and of each input gradient, or NEVER."""
+@dataclass(frozen=True)
+class Times:
+    """When what is there, in a schedule run with these durations. `ends[rank]` has the end of each computation in program order; the
+    others, at stage x (micro-batches) + micro-batch, the end of each forward and of each input gradient, or NEVER.
+    """
 
+    schedule: Schedule
+    durations: Mapping[Kind, float]
     ends: list[list[float]]
     forwards: list[float]
     input_gradients: list[float]
 
+    def timeline(self) -> Timeline:
+        """All of it as spans."""
+        return Timeline(tuple(tuple(self._spans(rank)) for rank in range(self.schedule.num_ranks)))
+
+    def _spans(self, rank: int) -> Iterator[Span]:
+        for action, end in zip(self.schedule.programs[rank], self.ends[rank], strict=True):
+            yield Span(action, end - self.durations[action.kind], end)
+
+    def totals(self) -> Totals:
+        """What the timeline would say in numbers, without one: the spans of a long schedule take longer than its simulation."""
+        makespan = ideal = own = 0.0
+        for rank, ends in enumerate(self.ends):
+            order = self.schedule.order(rank)
+            if not order:
+                continue
+            counts = Counter(kind for kind, _, _ in order)
+            work = sum(self.durations[kind] * count for kind, count in counts.items())
+            makespan, ideal = max(makespan, ends[-1]), max(ideal, work)
+            own = max(own, ends[-1] - (ends[0] - self.durations[order[0][0]]) - work)
+        return Totals(makespan, ideal, own)
+
 
 def run_times(schedule: Schedule, durations: Mapping[Kind, float], transfer: float = 0.0) -> Times:
-    """When each computation of each rank ends. See `simulate`, which makes spans of it; long schedules have millions of those.
+    """Run the schedule with the durations of `durations_of`. See `simulate`, which makes spans of it; long schedules have millions.
 
     Every rank runs its program in order, each action as early as its inputs allow; a rank blocked on an input waits in a table.
     Raises ScheduleError when no rank can go on, naming what each one waits for.
@@ -179,7 +185,8 @@ class _Simulation:
                 self.waiting.setdefault(needed, []).append(rank)
         self._refuse_deadlock()
         count = self.schedule.num_microbatches
-        return Times(self.ends, self.forwards[count:], self.gradients[: len(self.gradients) - count])
+        gradients = self.gradients[: len(self.gradients) - count]
+        return Times(self.schedule, self.durations, self.ends, self.forwards[count:], gradients)
 
     def _advance(self, rank: int, runnable: deque[int]) -> int | None:
         """Run a rank until it blocks or ends; returns the result it waits for. (One flat loop: it runs for every computation.)"""

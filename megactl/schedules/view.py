@@ -18,7 +18,8 @@ def text_view(
     folded = schedule.num_stages > schedule.num_ranks
     columns = _columns_per_unit(timeline, folded)
     margin = len(f"rank {schedule.num_ranks - 1}")
-    rows = [f"{f'rank {rank}':<{margin}} |{_row(timeline, rank, columns, folded)}" for rank in range(schedule.num_ranks)]
+    room = None if max_width is None else max_width - margin - 2
+    rows = [f"{f'rank {rank}':<{margin}} |{_row(timeline, rank, columns, folded, room)}" for rank in range(schedule.num_ranks)]
     if max_width is not None:
         rows = [row if len(row) <= max_width else row[: max_width - 1] + ">" for row in rows]
     summary = f"{schedule.name}: {schedule.num_ranks} ranks, {schedule.num_microbatches} micro-batches, {schedule.num_stages} stages"
@@ -31,14 +32,28 @@ def _label(action: Action, folded: bool) -> str:
 
 def _columns_per_unit(timeline: Timeline, folded: bool) -> float:
     """The smallest scale at which every label and the blank after it fit in its span."""
-    spans = [span for row in timeline.spans for span in row]
-    return max(((len(_label(span.action, folded)) + 1) / (span.end - span.start) for span in spans if span.end > span.start), default=1.0)
+    widest: dict[float, int] = {}
+    widths: dict[tuple[int, int], int] = {}
+    for row in timeline.spans:
+        for action, start, end in row:
+            named = action[1:3]
+            # Not the label of every span: a long schedule has millions, and they differ in a number of digits.
+            width = widths.get(named)
+            if width is None:
+                width = widths[named] = len(_label(action, folded)) + 1
+            if width > widest.get(end - start, 0):
+                widest[end - start] = width
+    return max((width / duration for duration, width in widest.items() if duration > 0), default=1.0)
 
 
-def _row(timeline: Timeline, rank: int, columns: float, folded: bool) -> str:
-    text = ""
-    for span in timeline.spans[rank]:
-        start, end = round(span.start * columns), round(span.end * columns)
-        label = _label(span.action, folded)
-        text += "." * (start - len(text)) + (label.ljust(end - start - 1, "=") + " " if end - start > len(label) else label[: end - start])
-    return text + "." * (round(timeline.makespan * columns) - len(text))
+def _row(timeline: Timeline, rank: int, columns: float, folded: bool, room: int | None) -> str:
+    """The row of a rank; where it is longer than `room`, at least that much and one more."""
+    parts, at = [], 0
+    for action, begin, stop in timeline.spans[rank]:
+        start, end = round(begin * columns), round(stop * columns)
+        label = _label(action, folded)
+        parts += ["." * (start - at), label.ljust(end - start - 1, "=") + " " if end - start > len(label) else label[: end - start]]
+        at = end
+        if room is not None and at > room:
+            break
+    return "".join([*parts, "." * (round(timeline.makespan * columns) - at)])
