@@ -16,7 +16,7 @@ from megactl.commands.tables import show_table
 from megactl.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from megactl.schedules import Kind, PublishedBubble, Schedule, Timeline, Times, Work
+    from megactl.schedules import Kind, PublishedBubble, Timeline, Times, Work
 
 _MOST_COMPUTATIONS, _MOST_RATIO = 2_000_000, 1000.0
 
@@ -99,13 +99,12 @@ def schedule(
         return _compare(_Request(pp, 2 if vpp is None else vpp, micro_batches, forward, backward, weight_gradient, transfer), json_=json_)
     request = _Request(pp, values["--vpp"], micro_batches, forward, backward, weight_gradient, transfer)
     document, times = _run(name, request)
-    made, timeline = times.schedule, times.timeline()
     if plot is not None:
-        _draw(document, timeline, made, plot)
+        _draw(document, times, plot)
     if json_:
-        emit_json({**document, "timeline": _spans(timeline), "plot": None if plot is None else str(plot)})
+        emit_json({**document, "timeline": _spans(times.timeline()), "plot": None if plot is None else str(plot)})
         return 0
-    print("\n".join([*_timeline_text(made, timeline, width), "", *_facts(document)]))
+    print("\n".join([*_timeline_text(times, width), "", *_facts(document)]))
     if plot is not None:
         say(f"drawn: {plot}")
     return 0
@@ -193,11 +192,11 @@ def _run(name: str, request: _Request) -> tuple[dict[str, Any], Times]:
     return document, times
 
 
-def _timeline_text(made: Schedule, timeline: Timeline, width: int | None) -> list[str]:
+def _timeline_text(times: Times, width: int | None) -> list[str]:
     from megactl.schedules import text_view
 
     room = width if width is not None else shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return text_view(made, timeline=timeline, max_width=room).splitlines()
+    return text_view(times.schedule, times=times, max_width=room).splitlines()
 
 
 def _facts(document: dict[str, Any]) -> list[str]:
@@ -248,9 +247,10 @@ def _spans(timeline: Timeline) -> list[list[dict[str, Any]]]:
     ]
 
 
-def _draw(document: dict[str, Any], timeline: Timeline, made: Schedule, path: Path) -> None:
+def _draw(document: dict[str, Any], times: Times, path: Path) -> None:
     from megactl.report.timeline_plot import Box, write_timeline
 
+    made, timeline = times.schedule, times.timeline()
     place = {stage: index for rank in range(made.num_ranks) for index, stage in enumerate(made.stages_of(rank))}
     rows = [[Box(a.kind.value, place[a.virtual_stage], str(a.microbatch), start, end) for a, start, end in row] for row in timeline.spans]
     chunks = f", {document['chunks']} chunks a rank" if document["chunks"] > 1 else ""
