@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import WEIGHT_GRADIENT, Kind, Order, Programs, Schedule
+from megactl.schedules.actions import FORWARD, WEIGHT_GRADIENT, WEIGHTS, Kind, Order, Programs, Schedule
 from megactl.schedules.interleaved import interleaved_max_live, interleaved_order, interleaved_rank_live
 from megactl.schedules.zero_bubble import (
     handcrafted_max_live,
@@ -131,7 +131,7 @@ def fused(order: Order, stage_to_rank: Sequence[int]) -> Order:
     for action in order:
         kind, stage, microbatch = action
         waited_for = stage > 0 and stage_to_rank[stage - 1] != stage_to_rank[stage]
-        if kind is Kind.W and not waited_for and written[-1] == (Kind.I, stage, microbatch):
+        if kind is WEIGHTS and not waited_for and written[-1] == (Kind.I, stage, microbatch):
             written[-1] = (Kind.B, stage, microbatch)
         else:
             written.append(action)
@@ -175,7 +175,7 @@ def peak_of(order: Order, kept: Mapping[int, int]) -> tuple[int, dict[int, int]]
     """`peak_live` of one rank's order that is at hand."""
     live, held, peak, at_peak = dict.fromkeys(kept, 0), 0, 0, dict.fromkeys(kept, 0)
     for kind, stage, _ in order:
-        if kind is Kind.F:
+        if kind is FORWARD:
             live[stage] += 1
             held += kept[stage]
             if held > peak:

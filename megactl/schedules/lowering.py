@@ -14,7 +14,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from megactl.schedules.actions import (
+    FORWARD,
     NONE,
+    RECV,
+    SEND,
     WEIGHT_GRADIENT,
     Action,
     Exchange,
@@ -79,8 +82,8 @@ class Dates:
             if rank in pair and pair[0] != pair[1]:
                 sends = pair[0] == rank
                 own, peer = (stage, pair[1]) if sends else (stage + 1, pair[0])
-                found += self._activations(stage, Kind.SEND if sends else Kind.RECV, own, peer)
-                found += self._gradients(stage + 1, Kind.RECV if sends else Kind.SEND, own, peer)
+                found += self._activations(stage, SEND if sends else RECV, own, peer)
+                found += self._gradients(stage + 1, RECV if sends else SEND, own, peer)
         found.sort()
         return found
 
@@ -121,7 +124,7 @@ def _walk_slots(schedule: Schedule, rank: int, ends: list[float]) -> dict[int, _
     found = {stage: _StageSlots([NONE] * count, [0.0] * count) for stage in schedule.stages_of(rank)}
     left: dict[tuple[int, int], float] = {}
     for (kind, stage, microbatch, slot, _, _), end in zip(schedule.programs[rank], ends, strict=True):
-        if kind is Kind.F:
+        if kind is FORWARD:
             slots, free = found[stage]
             slots[microbatch], free[microbatch] = slot, left.get((stage, slot), 0.0)
         elif kind in WEIGHT_GRADIENT:
@@ -168,7 +171,7 @@ class _Writer:
 
     def _flush(self) -> None:
         """One batch, or two where the computation reads a receive of the first: it must not wait for what only a later one needs."""
-        if self.ahead and any(action.kind is Kind.RECV for action in self.before):
+        if self.ahead and any(action.kind is RECV for action in self.before):
             self.program += [Exchange(tuple(self.before)), *self.reduces, Exchange(tuple(self.ahead))]
         elif self.before or self.ahead:
             self.program += [Exchange((*self.before, *self.ahead)), *self.reduces]

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import Action, Kind, Schedule
+from megactl.schedules.actions import FORWARD, WEIGHTS, Action, Kind, Schedule
 
 
 class Span(NamedTuple):
@@ -198,7 +198,7 @@ class _Simulation:
         for position in range(len(ends), len(order)):
             kind, stage, microbatch = order[position]
             result = stage * count + microbatch
-            if kind is Kind.F:
+            if kind is FORWARD:
                 date = forwards[result]
                 if date < 0.0:
                     return result
@@ -209,7 +209,7 @@ class _Simulation:
                     forwards[result] = clock
                     if result in waiting:
                         runnable.extend(waiting.pop(result))
-            elif kind is Kind.W:
+            elif kind is WEIGHTS:
                 # The part of the same micro-batch before it is on the same rank.
                 if gradients[result] < 0.0:
                     return behind + result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import COMPUTE, WEIGHT_GRADIENT, Action, Kind, Schedule
+from megactl.schedules.actions import COMPUTE, FORWARD, WEIGHT_GRADIENT, Action, Kind, Schedule
 from megactl.schedules.generators import GENERATORS, max_live_microbatches, max_live_on_rank
 from megactl.schedules.simulation import UNIT_TIMES, run_times
 
@@ -124,7 +124,7 @@ def live_microbatches(rank: int, program: tuple[Action, ...]) -> Iterator[tuple[
     for position, action in enumerate(program):
         kind, stage, microbatch, slot, _, _ = action
         buffer = (stage, slot)
-        if kind is Kind.F:
+        if kind is FORWARD:
             if buffer in owners:
                 raise broken(rank, position, f"{action} takes a slot in which micro-batch {owners[buffer]} is still live")
             owners[buffer] = microbatch

@@ -6,7 +6,7 @@ from collections import deque
 from typing import NamedTuple
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import INPUT_GRADIENT, Exchange, Kind, LoweredSchedule
+from megactl.schedules.actions import FORWARD, INPUT_GRADIENT, Exchange, LoweredSchedule
 from megactl.schedules.validation import broken, validate
 from megactl.schedules.validation_rank import Numbers, RankCheck
 
@@ -31,9 +31,9 @@ def check_exchanges(lowered: LoweredSchedule) -> None:
 
     Every rank's own program is taken to be right: complete, and each transfer received before it is used.
     """
-    _check_pairs(lowered)
     numbers = Numbers(lowered)
     steps = [_steps(lowered, rank, numbers) for rank in range(lowered.num_ranks)]
+    _check_pairs(lowered, steps, numbers)
     _Rendezvous(lowered, steps, blocking=False).run()
     _Rendezvous(lowered, steps, blocking=True).run()
 
@@ -46,20 +46,18 @@ class _Step(NamedTuple):
     needs: tuple[int, ...]
 
 
-def _check_pairs(lowered: LoweredSchedule) -> None:
+def _check_pairs(lowered: LoweredSchedule, steps: list[list[_Step]], numbers: Numbers) -> None:
     """On every ordered pair of ranks the k-th send must be the k-th receive: backends match by order, not by name."""
-    numbers = Numbers(lowered)
     sent: dict[tuple[int, int], list[int]] = {}
     received: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for rank, program in enumerate(lowered.programs):
-        for position, item in enumerate(program):
-            for action in item.actions if isinstance(item, Exchange) else ():
-                assert action.peer is not None
-                end = numbers.end(action)
-                if end % 2:
-                    received.setdefault((action.peer, rank), []).append((position, end // 2))
-                else:
-                    sent.setdefault((rank, action.peer), []).append(end // 2)
+        for position, posts, _ in steps[rank]:
+            if posts:
+                for action, end in zip(program[position].actions, posts, strict=True):
+                    if end % 2:
+                        received.setdefault((action.peer, rank), []).append((position, end // 2))
+                    else:
+                        sent.setdefault((rank, action.peer), []).append(end // 2)
     for pair in sorted(sent):
         # Equally many: each end's completeness was checked on its own rank.
         for there, (position, here) in zip(sent[pair], received[pair], strict=True):
@@ -76,9 +74,9 @@ def _steps(lowered: LoweredSchedule, rank: int, numbers: Numbers) -> list[_Step]
             batch = tuple(numbers.end(action) for action in item.actions)
             batch_of.update((end // 2, batch) for end in batch if end % 2)
             steps.append(_Step(position, batch, ()))
-        elif item.kind is Kind.F or item.kind in INPUT_GRADIENT:
-            stage = item.virtual_stage + (-1 if item.kind is Kind.F else 1)
-            needed = stage * numbers.count + item.microbatch + (0 if item.kind is Kind.F else numbers.gradients)
+        elif item.kind is FORWARD or item.kind in INPUT_GRADIENT:
+            stage = item.virtual_stage + (-1 if item.kind is FORWARD else 1)
+            needed = stage * numbers.count + item.microbatch + (0 if item.kind is FORWARD else numbers.gradients)
             # Nothing at the ends of the pipeline, nor from a stage of the same rank.
             if needed in batch_of:
                 steps.append(_Step(position, (), batch_of[needed]))

@@ -14,8 +14,11 @@ from itertools import pairwise
 
 from megactl.schedules.actions import (
     COMPUTE,
+    FORWARD,
     INPUT_GRADIENT,
     NONE,
+    RECV,
+    SEND,
     WEIGHT_GRADIENT,
     Action,
     Exchange,
@@ -77,7 +80,7 @@ class Numbers:
         """That of a SEND or RECV whose stage and micro-batch exist, at its own side."""
         kind, stage, microbatch, _, payload, _ = action
         forward = payload == "activation"
-        if kind is Kind.RECV:
+        if kind is RECV:
             return 2 * ((stage - 1 if forward else stage + 1) * self.count + microbatch + (0 if forward else self.gradients)) + 1
         return 2 * (stage * self.count + microbatch + (0 if forward else self.gradients))
 
@@ -125,9 +128,9 @@ class RankCheck:
             (self._receive if end % 2 else self._send)(position, action, end // 2)
 
     def _check_ends(self, position: int, action: Action) -> None:
-        if action.kind not in (Kind.SEND, Kind.RECV) or action.payload not in ("activation", "gradient"):
+        if action.kind not in (SEND, RECV) or action.payload not in ("activation", "gradient"):
             raise broken(self.rank, position, f"{action} in an exchange; only SEND and RECV of an activation or gradient belong there")
-        ahead = (action.kind is Kind.SEND) == (action.payload == "activation")
+        ahead = (action.kind is SEND) == (action.payload == "activation")
         other = action.virtual_stage + (1 if ahead else -1)
         if action.virtual_stage not in self.gradients_left or not 0 <= other < self.program.num_stages or other in self.gradients_left:
             raise broken(self.rank, position, f"{action} does not move a tensor between a stage of this rank and one of another")
@@ -157,7 +160,7 @@ class RankCheck:
     def _compute(self, position: int, action: Action) -> None:
         kind, stage, microbatch, slot, _, _ = action
         number = stage * self.numbers.count + microbatch
-        if kind is Kind.F:
+        if kind is FORWARD:
             self._move(position, action, stage - 1, number - self.numbers.count, stage + 1, number)
             # That no other micro-batch is live in it is known from `validate`, or from its receive.
             self.owners[stage, slot] = microbatch
@@ -179,7 +182,7 @@ class RankCheck:
 
     def _whole_stage(self, position: int, action: Action) -> None:
         stage = action.virtual_stage
-        if action.kind in (Kind.SEND, Kind.RECV):
+        if action.kind in (SEND, RECV):
             raise broken(self.rank, position, f"{action} stands alone; sends and receives are posted in an exchange")
         if (action.microbatch, action.slot, action.payload, action.peer) != (NONE, NONE, None, None) or stage not in self.gradients_left:
             raise broken(self.rank, position, f"{action} must name a stage of this rank and nothing else")

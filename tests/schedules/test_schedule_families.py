@@ -16,8 +16,9 @@ from megactl.schedules import (
     GENERATORS,
     Kind,
     Schedule,
-    Timeline,
+    Totals,
     Work,
+    durations_of,
     generate,
     lower,
     max_live_microbatches,
@@ -26,7 +27,7 @@ from megactl.schedules import (
     peak_live,
     placement,
     published_bubble,
-    simulate,
+    run_times,
     validate_lowered,
 )
 from megactl.schedules.interleaved import group_sizes
@@ -42,10 +43,11 @@ def sizes(name: str, ranks: int, micro_batches: int, chunks: int) -> Iterator[tu
                 yield p, m, v
 
 
-def timed(schedule: Schedule, forward: float = 1.0, inputs: float = 1.0, weights: float = 1.0) -> Timeline:
+def timed(schedule: Schedule, forward: float = 1.0, inputs: float = 1.0, weights: float = 1.0) -> Totals:
     """With the same work on a rank whatever the number of chunks."""
     v = schedule.num_stages // schedule.num_ranks
-    return simulate(schedule, forward / v, (inputs + weights) / v, input_gradient=inputs / v, weight_gradient=weights / v)
+    durations = durations_of(forward / v, (inputs + weights) / v, input_gradient=inputs / v, weight_gradient=weights / v)
+    return run_times(schedule, durations).totals()
 
 
 def check(name: str, p: int, m: int, v: int) -> None:
