@@ -33,13 +33,13 @@ _TRANSFER = 0.25
 """A transfer takes some time, or no receive would ever be seen to have a computation that it could run behind."""
 
 
-def lower(schedule: Schedule) -> LoweredSchedule:
-    """Add SEND, RECV (grouped in exchanges) and REDUCE to a schedule of computations.
+def lower(schedule: Schedule, dates: Dates | None = None) -> LoweredSchedule:
+    """Add SEND, RECV (grouped in exchanges) and REDUCE to a schedule of computations; `dates` are its own, where they are at hand.
 
     Tensors between two stages of the same rank are not communicated: the executor hands them over locally.
     Raises ScheduleError when the computations themselves deadlock.
     """
-    dates = Dates(schedule)
+    dates = Dates(schedule) if dates is None else dates
     programs = tuple(lower_rank(dates, rank).items for rank in range(schedule.num_ranks))
     return LoweredSchedule(
         schedule.name, schedule.num_ranks, schedule.num_microbatches, schedule.num_stages, schedule.stage_to_rank, programs
