@@ -284,13 +284,14 @@ Order = Sequence[tuple[Kind | str, int, int]]
 class Programs(Sequence[tuple[Action, ...]]):
     """The programs of all ranks, each made from its order when somebody asks for it.
 
-    Times follow from the orders alone, and a rank that starts needs the slots of its own program and its neighbours': of a large job's
-    half a million actions most are never made.
+    Times follow from the orders alone, and a rank that starts needs the slots of its own program and of those it sends activations to:
+    of a large job's half a million actions most are never made.
     """
 
     def __init__(self, orders: Sequence[Sequence[tuple[Kind, int, int]]]) -> None:
+        """`made` has the programs that were asked for, by rank."""
         self.orders = orders
-        self._made: dict[int, tuple[Action, ...]] = {}
+        self.made: dict[int, tuple[Action, ...]] = {}
 
     def __len__(self) -> int:
         return len(self.orders)
@@ -298,9 +299,9 @@ class Programs(Sequence[tuple[Action, ...]]):
     def __getitem__(self, rank: int) -> tuple[Action, ...]:  # type: ignore[override]  (nobody takes a slice of the ranks)
         # Raises IndexError behind the last rank, as iteration needs.
         rank = range(len(self.orders))[rank]
-        if rank not in self._made:
-            self._made[rank] = assign_slots(self.orders[rank])
-        return self._made[rank]
+        if rank not in self.made:
+            self.made[rank] = assign_slots(self.orders[rank])
+        return self.made[rank]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Programs | tuple) and tuple(self) == tuple(other)
