@@ -16,7 +16,7 @@ from megactl.commands.tables import show_table
 from megactl.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from megactl.schedules import PublishedBubble, Schedule, Timeline, Work
+    from megactl.schedules import Kind, PublishedBubble, Timeline, Times, Work
 
 _MOST_COMPUTATIONS, _MOST_RATIO = 2_000_000, 1000.0
 
@@ -38,6 +38,17 @@ class _Request:
         from megactl.schedules import Work
 
         return Work(self.forward, self.backward - self.weight_gradient, self.weight_gradient)
+
+    def durations(self, chunks: int) -> dict[Kind, float]:
+        """Times of one micro-batch on one of a rank's chunks."""
+        from megactl.schedules import durations_of
+
+        return durations_of(
+            self.forward / chunks,
+            self.backward / chunks,
+            input_gradient=self.work.input_gradient / chunks,
+            weight_gradient=self.weight_gradient / chunks,
+        )
 
 
 def schedule(
@@ -87,13 +98,13 @@ def schedule(
     if name is None:
         return _compare(_Request(pp, 2 if vpp is None else vpp, micro_batches, forward, backward, weight_gradient, transfer), json_=json_)
     request = _Request(pp, values["--vpp"], micro_batches, forward, backward, weight_gradient, transfer)
-    document, made, timeline = _run(name, request)
+    document, times = _run(name, request)
     if plot is not None:
-        _draw(document, timeline, made, plot)
+        _draw(document, times, plot)
     if json_:
-        emit_json({**document, "timeline": _spans(timeline), "plot": None if plot is None else str(plot)})
+        emit_json({**document, "timeline": _spans(times.timeline()), "plot": None if plot is None else str(plot)})
         return 0
-    print("\n".join([*_timeline_text(made, timeline, width), "", *_facts(document)]))
+    print("\n".join([*_timeline_text(times, width), "", *_facts(document)]))
     if plot is not None:
         say(f"drawn: {plot}")
     return 0
@@ -148,22 +159,16 @@ def _output_problems(name: str | None, plot: Path | None, width: int | None) -> 
         yield Problem(f"--width {width}", "must be at least 20", "leave it out for the terminal's")
 
 
-def _run(name: str, request: _Request) -> tuple[dict[str, Any], Schedule, Timeline]:
-    """One schedule: what is known of it as a document, the schedule, and when everything runs."""
-    from megactl.schedules import generate, max_live_on_rank, num_chunks, peak_live, published_bubble, simulate
+def _run(name: str, request: _Request) -> tuple[dict[str, Any], Times]:
+    """One schedule: what is known of it as a document, and when everything runs."""
+    from megactl.schedules import generate, max_live_on_rank, num_chunks, peak_of, published_bubble, run_times
 
     chunks = num_chunks(name, request.chunks)
     sizes = {"num_ranks": request.ranks, "num_microbatches": request.micro_batches, "chunks": chunks}
     made = generate(name, **sizes)
-    timeline = simulate(
-        made,
-        request.forward / chunks,
-        request.backward / chunks,
-        request.transfer,
-        input_gradient=request.work.input_gradient / chunks,
-        weight_gradient=request.weight_gradient / chunks,
-    )
-    live = [peak_live(name, dict.fromkeys(made.stages_of(rank), 1), rank=rank, **sizes)[0] for rank in range(request.ranks)]
+    times = run_times(made, request.durations(chunks), request.transfer)
+    timed = times.totals()
+    live = [peak_of(made.order(rank), dict.fromkeys(made.stages_of(rank), 1))[0] for rank in range(request.ranks)]
     published = published_bubble(name, work=request.work, **sizes)
     document = {
         "schedule": name,
@@ -172,26 +177,26 @@ def _run(name: str, request: _Request) -> tuple[dict[str, Any], Schedule, Timeli
         "micro_batches": request.micro_batches,
         "stage_to_rank": list(made.stage_to_rank),
         "times": {**vars(request.work), "transfer": request.transfer},
-        "time": timeline.makespan,
-        "ideal_time": timeline.ideal,
+        "time": timed.makespan,
+        "ideal_time": timed.ideal,
         "bubble": {
-            "idle": timeline.bubble,
-            "fraction": timeline.bubble_fraction,
-            "own_idle": timeline.own_bubble,
-            "own_fraction": timeline.own_bubble / timeline.ideal,
+            "idle": timed.bubble,
+            "fraction": timed.bubble_fraction,
+            "own_idle": timed.own_bubble,
+            "own_fraction": timed.own_bubble / timed.ideal,
             "published": None if published is None else vars(published),
         },
         "live_micro_batches": [count / chunks for count in live],
         "live_bound": [max_live_on_rank(name, rank=rank, **sizes) / chunks for rank in range(request.ranks)],
     }
-    return document, made, timeline
+    return document, times
 
 
-def _timeline_text(made: Schedule, timeline: Timeline, width: int | None) -> list[str]:
+def _timeline_text(times: Times, width: int | None) -> list[str]:
     from megactl.schedules import text_view
 
     room = width if width is not None else shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return text_view(made, timeline=timeline, max_width=room).splitlines()
+    return text_view(times.schedule, times=times, max_width=room).splitlines()
 
 
 def _facts(document: dict[str, Any]) -> list[str]:
@@ -242,9 +247,10 @@ def _spans(timeline: Timeline) -> list[list[dict[str, Any]]]:
     ]
 
 
-def _draw(document: dict[str, Any], timeline: Timeline, made: Schedule, path: Path) -> None:
+def _draw(document: dict[str, Any], times: Times, path: Path) -> None:
     from megactl.report.timeline_plot import Box, write_timeline
 
+    made, timeline = times.schedule, times.timeline()
     place = {stage: index for rank in range(made.num_ranks) for index, stage in enumerate(made.stages_of(rank))}
     rows = [[Box(a.kind.value, place[a.virtual_stage], str(a.microbatch), start, end) for a, start, end in row] for row in timeline.spans]
     chunks = f", {document['chunks']} chunks a rank" if document["chunks"] > 1 else ""

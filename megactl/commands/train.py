@@ -212,7 +212,7 @@ def schedule_of(resolved: Resolved) -> dict[str, Any] | None:
     parallel, batch = resolved.run.parallel, resolved.batch
     if parallel.pipeline_parallel == 1:
         return None
-    from megactl.schedules import generate, num_chunks, simulate
+    from megactl.schedules import UNIT_TIMES, generate, num_chunks, run_times
 
     micro_batches = batch.global_batch_size // (batch.micro_batch_size * batch.data_parallel)
     chunks = num_chunks(parallel.schedule, parallel.virtual_pipeline)
@@ -221,7 +221,7 @@ def schedule_of(resolved: Resolved) -> dict[str, Any] | None:
         "name": parallel.schedule,
         "chunks": chunks,
         "stage_to_rank": list(made.stage_to_rank),
-        "bubble": simulate(made).bubble_fraction,
+        "bubble": run_times(made, UNIT_TIMES).totals().bubble_fraction,
     }
 
 

@@ -196,7 +196,9 @@ def estimate_stage(model: Model, layout: Layout, rank: int) -> MemoryEstimate:
     sizes = _Sizes.of(model, layout)
     kept = {stage: _kept(model, layout, sizes, stage, layers[stage]) for stage in held}
     live = live_at_peak(layout, rank, {stage: each.device for stage, each in kept.items()})
-    on_host = live_at_peak(layout, rank, {stage: each.host for stage, each in kept.items()}).total
+    host = {stage: each.host for stage, each in kept.items()}
+    # Mostly nothing, and the walk over a long order takes its time.
+    on_host = live_at_peak(layout, rank, host).total if any(host.values()) else 0
     last = len(placed) - 1
     units = _units(model, layout, sizes, parameters, held, last)
     return MemoryEstimate(

@@ -30,7 +30,7 @@ from megactl.engine.mesh import Mesh
 from megactl.engine.models.layers import MicroBatch, Targets
 from megactl.engine.parallelize import Part
 from megactl.engine.trace import Recorder
-from megactl.schedules import INPUT_GRADIENT, Action, Exchange, Kind, LoweredSchedule
+from megactl.schedules import Action, Exchange, Kind, RankProgram
 
 # Exchanges whose sends may be under way: one whose peer is computing and the one after it.
 _OPEN_EXCHANGES = 2
@@ -69,7 +69,7 @@ class PipelineExecutor:
         self.mesh, self.dtype, self.boundary = mesh, boundary.dtype, boundary
         self.recorder: Recorder | None = None
 
-    def run(self, schedule: LoweredSchedule, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+    def run(self, schedule: RankProgram, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Execute one step; returns the model's loss sums and what each of them counts, [k] in float64, zero unless on the last stage."""
         return _Step(self, schedule, inputs).run()
 
@@ -77,7 +77,7 @@ class PipelineExecutor:
 class _Step:
     """The state of one step in flight."""
 
-    def __init__(self, executor: PipelineExecutor, schedule: LoweredSchedule, inputs: StepInputs) -> None:
+    def __init__(self, executor: PipelineExecutor, schedule: RankProgram, inputs: StepInputs) -> None:
         self.executor, self.schedule, self.inputs = executor, schedule, inputs
         self.mesh, self.parts = executor.mesh, executor.parts
         self.live: dict[tuple[int, int], _Live] = {}
@@ -87,16 +87,14 @@ class _Step:
         self.arriving: dict[tuple, tuple[Tensor, object]] = {}
         self.outgoing: dict[tuple, Tensor] = {}
         self.open: deque[list[tuple[Tensor, object]]] = deque()
-        actions = schedule.compute_program(self.mesh.pp.rank)
-        self.trains = any(action.kind in INPUT_GRADIENT for action in actions)
-        self.split = {(action.virtual_stage, action.microbatch) for action in actions if action.kind is Kind.I}
+        self.trains, self.split = schedule.trains, schedule.in_two_parts
         self.loss_sums = torch.zeros_like(inputs.loss_gradient)
         self.loss_counts = torch.zeros_like(inputs.loss_gradient)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Walk this rank's program."""
         with torch.set_grad_enabled(self.trains):
-            for item in self.schedule.program(self.mesh.pp.rank):
+            for item in self.schedule.items:
                 if isinstance(item, Exchange):
                     self._exchange(item)
                 elif item.kind is Kind.REDUCE:

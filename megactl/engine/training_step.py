@@ -27,7 +27,7 @@ from megactl.engine.optimizer import clip_factor
 from megactl.engine.parallelize import Part, build_parts, compute_dtype, main_dtype
 from megactl.engine.pipeline import PipelineExecutor, StepInputs, targets_of
 from megactl.engine.zero import reduce_tied
-from megactl.schedules import LoweredSchedule, forward_only, generate, lower, validate_lowered
+from megactl.schedules import Dates, RankProgram, checked_program, forward_only, generate, lower_rank
 
 Batches = Callable[[int], Batch]
 
@@ -66,7 +66,7 @@ class TrainingStep:
             scatter_gather=run.parallel.scatter_gather, sequence_parallel=run.parallel.sequence_parallel,
         )  # fmt: skip
         self.executor = PipelineExecutor(self.parts, mesh, boundary=boundary)
-        self._schedules: dict[tuple[str, int], LoweredSchedule] = {}
+        self._schedules: dict[tuple[str, int], RankProgram] = {}
         self.loss_scale = LossScale(run.training, mesh.device)
         self._normaliser = self._scalar(1.0, torch.float64)
         main = main_dtype(run)
@@ -165,16 +165,15 @@ class TrainingStep:
         if self.run.model.attention == "sdpa" and self.run.model.attention_dropout > 0.0:
             torch.manual_seed(hash((self.run.training.seed, iteration, self.mesh.rank)) & 0x7FFFFFFFFFFFFFFF)
 
-    def _schedule(self, name: str, count: int) -> LoweredSchedule:
+    def _schedule(self, name: str, count: int) -> RankProgram:
         key = (name, count)
         if key not in self._schedules:
-            ranks = self.mesh.pp.size
+            ranks, own = self.mesh.pp.size, self.mesh.pp.rank
             if name == "forward":
-                self._schedules[key] = lower(forward_only(self.stage_ranks, count))
+                self._schedules[key] = lower_rank(Dates(forward_only(self.stage_ranks, count)), own)
             else:
-                lowered = lower(generate(name, num_ranks=ranks, num_microbatches=count, chunks=len(self.stage_ranks) // ranks))
-                validate_lowered(lowered)
-                self._schedules[key] = lowered
+                made = generate(name, num_ranks=ranks, num_microbatches=count, chunks=len(self.stage_ranks) // ranks)
+                self._schedules[key] = checked_program(made, own)
         return self._schedules[key]
 
     def evaluate(self, batches: Batches, count: int, global_batch_size: int) -> Tensor:

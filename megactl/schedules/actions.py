@@ -40,6 +40,9 @@ class Kind(Enum):
     __hash__ = object.__hash__
 
 
+FORWARD, WEIGHTS, SEND, RECV = Kind.F, Kind.W, Kind.SEND, Kind.RECV
+"""For loops over long schedules: in Python 3.11 a member read off its Enum takes ten times as long as a name."""
+
 COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W})
 INPUT_GRADIENT = frozenset({Kind.B, Kind.I})
 """Kinds that produce the gradient the previous stage waits for."""
@@ -78,9 +81,9 @@ class Action(NamedTuple):
     @property
     def transfer(self) -> Transfer:
         """The tensor a SEND or RECV moves. Activations go to the next stage, gradients to the previous one."""
-        assert self.payload is not None and self.kind in (Kind.SEND, Kind.RECV), self
+        assert self.payload is not None and self.kind in (SEND, RECV), self
         stage, step = self.virtual_stage, 1 if self.payload == "activation" else -1
-        if self.kind is Kind.SEND:
+        if self.kind is SEND:
             return Transfer(self.payload, stage, stage + step, self.microbatch)
         return Transfer(self.payload, stage - step, stage, self.microbatch)
 
@@ -105,16 +108,12 @@ class Exchange:
 Item = Action | Exchange
 
 
-class _Placement(ABC):
-    """What a schedule and its lowered form share: which rank holds which stage, and which slots a stage needs."""
+class _Placement:
+    """What every form of a schedule has: which rank holds which stage, and so which tensors move."""
 
     num_ranks: int
     num_stages: int
     stage_to_rank: tuple[int, ...]
-
-    @abstractmethod
-    def compute_program(self, rank: int) -> tuple[Action, ...]:
-        """Computations of a rank in order."""
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """Virtual stages on a rank, ascending."""
@@ -123,7 +122,7 @@ class _Placement(ABC):
     def received_for(self, action: Action) -> Transfer | None:
         """The transfer a computation reads; None at the ends of the pipeline and from a stage of the same rank."""
         stage = action.virtual_stage
-        if action.kind is Kind.F:
+        if action.kind is FORWARD:
             return self._between_ranks(Transfer("activation", stage - 1, stage, action.microbatch))
         if action.kind in INPUT_GRADIENT:
             return self._between_ranks(Transfer("gradient", stage + 1, stage, action.microbatch))
@@ -132,7 +131,7 @@ class _Placement(ABC):
     def sent_by(self, action: Action) -> Transfer | None:
         """The transfer a computation gives rise to; None at the ends of the pipeline and to a stage of the same rank."""
         stage = action.virtual_stage
-        if action.kind is Kind.F:
+        if action.kind is FORWARD:
             return self._between_ranks(Transfer("activation", stage, stage + 1, action.microbatch))
         if action.kind in INPUT_GRADIENT:
             return self._between_ranks(Transfer("gradient", stage, stage - 1, action.microbatch))
@@ -142,6 +141,14 @@ class _Placement(ABC):
         producer, consumer = transfer.producer, transfer.consumer
         exists = producer >= 0 and consumer >= 0 and producer < self.num_stages and consumer < self.num_stages
         return transfer if exists and self.stage_to_rank[producer] != self.stage_to_rank[consumer] else None
+
+
+class _AllRanks(_Placement, ABC):
+    """What a schedule and its lowered form share: which slots a stage needs, and the order of its weight gradients."""
+
+    @abstractmethod
+    def compute_program(self, rank: int) -> tuple[Action, ...]:
+        """Computations of a rank in order."""
 
     @cached_property
     def _slot_counts(self) -> dict[int, int]:
@@ -153,12 +160,9 @@ class _Placement(ABC):
 
     @cached_property
     def _weight_gradient_order(self) -> dict[int, list[int]]:
-        order: dict[int, list[int]] = {stage: [] for stage in range(self.num_stages)}
-        for rank in range(self.num_ranks):
-            for action in self.compute_program(rank):
-                if action.kind in WEIGHT_GRADIENT:
-                    order[action.virtual_stage].append(action.microbatch)
-        return order
+        return {
+            stage: order for rank in range(self.num_ranks) for stage, order in weight_gradient_order(self.compute_program(rank)).items()
+        }
 
     def num_slots(self, rank: int, virtual_stage: int) -> int:
         """Buffers (peak live micro-batches) of a stage on a rank; 0 where the rank does not hold the stage."""
@@ -173,24 +177,39 @@ class _Placement(ABC):
         return self._weight_gradient_order[virtual_stage][-1]
 
 
+def weight_gradient_order(computations: Sequence[Action]) -> dict[int, list[int]]:
+    """The micro-batches of one rank's B and W in order, by virtual stage."""
+    order: dict[int, list[int]] = {}
+    for kind, stage, microbatch, _, _, _ in computations:
+        if kind in WEIGHT_GRADIENT:
+            order.setdefault(stage, []).append(microbatch)
+    return order
+
+
 @dataclass(frozen=True)
-class Schedule(_Placement):
-    """Per rank, the computations in order. Slots are assigned; communication is not part of this form."""
+class Schedule(_AllRanks):
+    """Per rank, the computations in order. Slots are assigned (`Programs`: when asked for); communication is not part of this form."""
 
     name: str
     num_ranks: int
     num_microbatches: int
     num_stages: int
     stage_to_rank: tuple[int, ...]
-    programs: tuple[tuple[Action, ...], ...]
+    programs: Sequence[tuple[Action, ...]]
 
     def compute_program(self, rank: int) -> tuple[Action, ...]:
         """Computations of a rank in order."""
         return self.programs[rank]
 
+    def order(self, rank: int) -> Order:
+        """Computations of a rank in order, as (kind, virtual stage, micro-batch): all that their times depend on."""
+        if isinstance(self.programs, Programs):
+            return self.programs.orders[rank]
+        return [action[:3] for action in self.programs[rank]]
+
 
 @dataclass(frozen=True)
-class LoweredSchedule(_Placement):
+class LoweredSchedule(_AllRanks):
     """Per rank, what the executor walks: computations, exchanges and gradient reductions, in issue order."""
 
     name: str
@@ -204,6 +223,10 @@ class LoweredSchedule(_Placement):
         """Items of a rank in issue order."""
         return self.programs[rank]
 
+    def rank_program(self, rank: int) -> RankProgram:
+        """What the executor of one rank walks."""
+        return RankProgram(self.name, rank, self.num_ranks, self.num_microbatches, self.num_stages, self.stage_to_rank, self.programs[rank])
+
     def compute_program(self, rank: int) -> tuple[Action, ...]:
         """Computations of a rank in order, read from the lowered program itself."""
         return tuple(item for item in self.programs[rank] if isinstance(item, Action) and item.kind in COMPUTE)
@@ -214,12 +237,84 @@ class LoweredSchedule(_Placement):
         return Schedule(self.name, self.num_ranks, self.num_microbatches, self.num_stages, self.stage_to_rank, programs)
 
 
+@dataclass(frozen=True)
+class RankProgram(_Placement):
+    """What one rank's executor walks: its own part of a `LoweredSchedule`, and the placement of all stages."""
+
+    name: str
+    rank: int
+    num_ranks: int
+    num_microbatches: int
+    num_stages: int
+    stage_to_rank: tuple[int, ...]
+    items: tuple[Item, ...]
+
+    @cached_property
+    def computations(self) -> tuple[Action, ...]:
+        """Computations in order."""
+        return tuple(item for item in self.items if isinstance(item, Action) and item.kind in COMPUTE)
+
+    @cached_property
+    def trains(self) -> bool:
+        """Whether there is any backward."""
+        return any(action.kind in INPUT_GRADIENT for action in self.computations)
+
+    @cached_property
+    def in_two_parts(self) -> frozenset[tuple[int, int]]:
+        """(virtual stage, micro-batch) of each backward that is I and W."""
+        return frozenset((action.virtual_stage, action.microbatch) for action in self.computations if action.kind is Kind.I)
+
+    @cached_property
+    def _weight_gradient_order(self) -> dict[int, list[int]]:
+        return weight_gradient_order(self.computations)
+
+    def first_backward(self, virtual_stage: int) -> int:
+        """See `LoweredSchedule.first_backward`; of a stage of this rank."""
+        return self._weight_gradient_order[virtual_stage][0]
+
+    def last_backward(self, virtual_stage: int) -> int:
+        """See `LoweredSchedule.last_backward`; of a stage of this rank."""
+        return self._weight_gradient_order[virtual_stage][-1]
+
+
 Order = Sequence[tuple[Kind | str, int, int]]
 """One rank's computations as (kind, virtual stage, micro-batch)."""
 
 
+class Programs(Sequence[tuple[Action, ...]]):
+    """The programs of all ranks, each made from its order when somebody asks for it.
+
+    Times follow from the orders alone, and a rank that starts needs the slots of its own program and of those it sends activations to:
+    of a large job's half a million actions most are never made.
+    """
+
+    def __init__(self, orders: Sequence[Sequence[tuple[Kind, int, int]]]) -> None:
+        """`made` has the programs that were asked for, by rank."""
+        self.orders = orders
+        self.made: dict[int, tuple[Action, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self.orders)
+
+    def __getitem__(self, rank: int) -> tuple[Action, ...]:  # type: ignore[override]  (nobody takes a slice of the ranks)
+        # Raises IndexError behind the last rank, as iteration needs.
+        rank = range(len(self.orders))[rank]
+        if rank not in self.made:
+            self.made[rank] = assign_slots(self.orders[rank])
+        return self.made[rank]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Programs | tuple) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
 def build(name: str, orders: Sequence[Order], *, num_microbatches: int, stage_to_rank: Sequence[int]) -> Schedule:
-    """A `Schedule` from one order a rank: slots are assigned here, so generators only choose the order."""
+    """A `Schedule` from one order a rank: slots are assigned here, so that whoever makes an order only chooses it.
+
+    Raises ScheduleError where a backward has no forward before it.
+    """
     programs = tuple(assign_slots(order) for order in orders)
     return Schedule(name, len(orders), num_microbatches, len(stage_to_rank), tuple(stage_to_rank), programs)
 
@@ -236,7 +331,7 @@ def assign_slots(order: Order) -> tuple[Action, ...]:
     result = []
     for position, (name, stage, microbatch) in enumerate(order):
         kind, key = kinds[name], (stage, microbatch)
-        if kind is Kind.F:
+        if kind is FORWARD:
             # Slots are opened in order, so a freed one is always smaller than the next new one.
             if freed.get(stage):
                 slot = heappop(freed[stage])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 
-from megactl.schedules.actions import Kind, Schedule, build
+from megactl.schedules.actions import Kind, Programs, Schedule
 
 
 def forward_only(stage_to_rank: Sequence[int], num_microbatches: int) -> Schedule:
@@ -18,7 +18,7 @@ def forward_only(stage_to_rank: Sequence[int], num_microbatches: int) -> Schedul
     ready: list[list[tuple[int, int]]] = [[] for _ in range(num_ranks)]
     ready[stage_to_rank[0]] = [(0, m) for m in range(num_microbatches)]
     heapify(ready[stage_to_rank[0]])
-    orders: list[list[tuple[Kind | str, int, int]]] = [[] for _ in range(num_ranks)]
+    orders: list[list[tuple[Kind, int, int]]] = [[] for _ in range(num_ranks)]
     while any(ready):
         done = [(rank, *heappop(queue)) for rank, queue in enumerate(ready) if queue]
         for rank, behind, m in done:
@@ -26,4 +26,4 @@ def forward_only(stage_to_rank: Sequence[int], num_microbatches: int) -> Schedul
             orders[rank].append((Kind.F, stage, m))
             if stage < last:
                 heappush(ready[stage_to_rank[stage + 1]], (-(stage + 1), m))
-    return build("forward", orders, num_microbatches=num_microbatches, stage_to_rank=stage_to_rank)
+    return Schedule("forward", num_ranks, num_microbatches, last + 1, tuple(stage_to_rank), Programs(orders))

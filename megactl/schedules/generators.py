@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import WEIGHT_GRADIENT, Kind, Order, Schedule, build
+from megactl.schedules.actions import FORWARD, WEIGHT_GRADIENT, WEIGHTS, Kind, Order, Programs, Schedule
 from megactl.schedules.interleaved import interleaved_max_live, interleaved_order, interleaved_rank_live
 from megactl.schedules.zero_bubble import (
     handcrafted_max_live,
@@ -118,7 +118,7 @@ def generate(name: str, *, num_ranks: int, num_microbatches: int, chunks: int | 
         fused(order, placed) if generator.splits_backward else order
         for order in (generator.order(rank, num_ranks, num_microbatches, chunks) for rank in range(num_ranks))
     ]
-    return build(name, orders, num_microbatches=num_microbatches, stage_to_rank=placed)
+    return Schedule(name, num_ranks, num_microbatches, len(placed), placed, Programs(orders))
 
 
 def fused(order: Order, stage_to_rank: Sequence[int]) -> Order:
@@ -131,7 +131,7 @@ def fused(order: Order, stage_to_rank: Sequence[int]) -> Order:
     for action in order:
         kind, stage, microbatch = action
         waited_for = stage > 0 and stage_to_rank[stage - 1] != stage_to_rank[stage]
-        if kind is Kind.W and not waited_for and written[-1] == (Kind.I, stage, microbatch):
+        if kind is WEIGHTS and not waited_for and written[-1] == (Kind.I, stage, microbatch):
             written[-1] = (Kind.B, stage, microbatch)
         else:
             written.append(action)
@@ -168,9 +168,14 @@ def peak_live(
     A micro-batch is live from its F to its B or W. The order itself is walked, since the stages of a rank are not full at the
     same time, and need not be equally large.
     """
+    return peak_of(_lookup(name).order(rank, num_ranks, num_microbatches, num_chunks(name) if chunks is None else chunks), kept)
+
+
+def peak_of(order: Order, kept: Mapping[int, int]) -> tuple[int, dict[int, int]]:
+    """`peak_live` of one rank's order that is at hand."""
     live, held, peak, at_peak = dict.fromkeys(kept, 0), 0, 0, dict.fromkeys(kept, 0)
-    for kind, stage, _ in _lookup(name).order(rank, num_ranks, num_microbatches, num_chunks(name) if chunks is None else chunks):
-        if kind is Kind.F:
+    for kind, stage, _ in order:
+        if kind is FORWARD:
             live[stage] += 1
             held += kept[stage]
             if held > peak:

@@ -42,10 +42,11 @@ def interleaved_order(rank: int, num_ranks: int, num_microbatches: int, chunks: 
         backwards += [(Kind.B, chunk * num_ranks + rank, microbatch) for chunk in reversed(range(chunks)) for microbatch in group]
         first += size
     warmup = warmup_forwards(rank, num_ranks, num_microbatches, chunks)
-    order = forwards[:warmup]
-    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
-        order += [forward, backward]
-    return order + backwards[len(forwards) - warmup :]
+    order, pairs = [*forwards, *backwards], len(forwards) - warmup
+    order[warmup : warmup + 2 * pairs : 2] = forwards[warmup:]
+    order[warmup + 1 : warmup + 2 * pairs : 2] = backwards[:pairs]
+    order[warmup + 2 * pairs :] = backwards[pairs:]
+    return order
 
 
 def interleaved_max_live(stage: int, num_ranks: int, num_microbatches: int, chunks: int) -> int:

@@ -9,34 +9,127 @@ complete. The order of transfers between two ranks is that common order on both,
 
 from __future__ import annotations
 
-from megactl.schedules.actions import INPUT_GRADIENT, WEIGHT_GRADIENT, Action, Exchange, Item, Kind, LoweredSchedule, Payload, Schedule
-from megactl.schedules.simulation import UNIT_TIMES, run_times
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+from megactl.schedules.actions import (
+    FORWARD,
+    NONE,
+    RECV,
+    SEND,
+    WEIGHT_GRADIENT,
+    Action,
+    Exchange,
+    Item,
+    Kind,
+    LoweredSchedule,
+    RankProgram,
+    Schedule,
+)
+from megactl.schedules.simulation import NEVER, UNIT_TIMES, Times, run_times
 
 _TRANSFER = 0.25
 """A transfer takes some time, or no receive would ever be seen to have a computation that it could run behind."""
 
 
-def lower(schedule: Schedule) -> LoweredSchedule:
-    """Add SEND, RECV (grouped in exchanges) and REDUCE to a schedule of computations.
+def lower(schedule: Schedule, dates: Dates | None = None) -> LoweredSchedule:
+    """Add SEND, RECV (grouped in exchanges) and REDUCE to a schedule of computations; `dates` are its own, where they are at hand.
 
     Tensors between two stages of the same rank are not communicated: the executor hands them over locally.
     Raises ScheduleError when the computations themselves deadlock.
     """
-    ends = run_times(schedule, UNIT_TIMES, _TRANSFER)
-    writers = [_Writer(program, row) for program, row in zip(schedule.programs, ends, strict=True)]
-    owners, count, gradients = schedule.stage_to_rank, schedule.num_microbatches, schedule.num_stages * schedule.num_microbatches
-    slots = _slots(schedule)
-    for date, number in _dated_transfers(schedule, ends):
-        payload: Payload = "activation" if number < gradients else "gradient"
-        producer, microbatch = divmod(number % gradients, count)
-        consumer = producer + 1 if payload == "activation" else producer - 1
-        source, target = owners[producer], owners[consumer]
-        writers[source].post(date, Action(Kind.SEND, producer, microbatch, slots[producer * count + microbatch], payload, target))
-        writers[target].post(date, Action(Kind.RECV, consumer, microbatch, slots[consumer * count + microbatch], payload, source))
-    programs = tuple(writer.finish() for writer in writers)
+    dates = Dates(schedule) if dates is None else dates
+    programs = tuple(lower_rank(dates, rank).items for rank in range(schedule.num_ranks))
     return LoweredSchedule(
         schedule.name, schedule.num_ranks, schedule.num_microbatches, schedule.num_stages, schedule.stage_to_rank, programs
     )
+
+
+def lower_rank(dates: Dates, rank: int) -> RankProgram:
+    """One rank's part of `lower`, from the dates of the whole schedule: its own program and its neighbours' slots are all it takes."""
+    schedule = dates.schedule
+    writer = _Writer(schedule.programs[rank], dates.times.ends[rank])
+    for date, _, action in dates.transfers(rank):
+        writer.post(date, action)
+    return RankProgram(
+        schedule.name, rank, schedule.num_ranks, schedule.num_microbatches, schedule.num_stages, schedule.stage_to_rank, writer.finish()
+    )
+
+
+Dated = tuple[float, int, Action]
+"""A rank's end of a transfer, with its date and its number. The number makes the order of dates total, hence equal at both ends.
+
+The number of the activation of micro-batch b from stage s is s m + b, that of the gradient from s is larger by (stages x m).
+"""
+
+
+class Dates:
+    """When everything in a schedule happens, and from that the one order of all transfers, of which each rank asks for its own.
+
+    Raises ScheduleError when the computations deadlock.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.times: Times = run_times(schedule, UNIT_TIMES, _TRANSFER)
+        self._slots: dict[int, dict[int, _StageSlots]] = {}
+
+    def transfers(self, rank: int) -> list[Dated]:
+        """Those that a rank sends or receives, in the order in which it and its peers post them."""
+        found: list[Dated] = []
+        for stage, pair in enumerate(pairwise(self.schedule.stage_to_rank)):
+            if rank in pair and pair[0] != pair[1]:
+                sends = pair[0] == rank
+                own, peer = (stage, pair[1]) if sends else (stage + 1, pair[0])
+                found += self._activations(stage, SEND if sends else RECV, own, peer)
+                found += self._gradients(stage + 1, RECV if sends else SEND, own, peer)
+        found.sort()
+        return found
+
+    def _activations(self, producer: int, kind: Kind, own: int, peer: int) -> Iterator[Dated]:
+        """Of a stage's outputs. Only an activation opens a slot; a gradient arrives in one that its own forward has opened."""
+        count = self.schedule.num_microbatches
+        first, free, slots = producer * count, self._slots_of(producer + 1).free, self._slots_of(own).slots
+        for microbatch, end in enumerate(self.times.forwards[first : first + count]):
+            if end != NEVER:
+                date = max(end, free[microbatch])
+                yield date, first + microbatch, Action(kind, own, microbatch, slots[microbatch], "activation", peer)
+
+    def _gradients(self, producer: int, kind: Kind, own: int, peer: int) -> Iterator[Dated]:
+        """Of a stage's input gradients; none of an evaluation."""
+        count = self.schedule.num_microbatches
+        first, slots = producer * count, self._slots_of(own).slots
+        number = first + self.schedule.num_stages * count
+        for microbatch, end in enumerate(self.times.input_gradients[first : first + count]):
+            if end != NEVER:
+                yield end, number + microbatch, Action(kind, own, microbatch, slots[microbatch], "gradient", peer)
+
+    def _slots_of(self, stage: int) -> _StageSlots:
+        rank = self.schedule.stage_to_rank[stage]
+        if rank not in self._slots:
+            self._slots[rank] = _walk_slots(self.schedule, rank, self.times.ends[rank])
+        return self._slots[rank][stage]
+
+
+class _StageSlots(NamedTuple):
+    """Of each micro-batch on a stage: the slot its forward takes, and when the micro-batch before it has left that."""
+
+    slots: list[int]
+    free: list[float]
+
+
+def _walk_slots(schedule: Schedule, rank: int, ends: list[float]) -> dict[int, _StageSlots]:
+    count = schedule.num_microbatches
+    found = {stage: _StageSlots([NONE] * count, [0.0] * count) for stage in schedule.stages_of(rank)}
+    left: dict[tuple[int, int], float] = {}
+    for (kind, stage, microbatch, slot, _, _), end in zip(schedule.programs[rank], ends, strict=True):
+        if kind is FORWARD:
+            slots, free = found[stage]
+            slots[microbatch], free[microbatch] = slot, left.get((stage, slot), 0.0)
+        elif kind in WEIGHT_GRADIENT:
+            left[stage, slot] = end
+    return found
 
 
 class _Writer:
@@ -78,55 +171,10 @@ class _Writer:
 
     def _flush(self) -> None:
         """One batch, or two where the computation reads a receive of the first: it must not wait for what only a later one needs."""
-        if self.ahead and any(action.kind is Kind.RECV for action in self.before):
+        if self.ahead and any(action.kind is RECV for action in self.before):
             self.program += [Exchange(tuple(self.before)), *self.reduces, Exchange(tuple(self.ahead))]
         elif self.before or self.ahead:
             self.program += [Exchange((*self.before, *self.ahead)), *self.reduces]
         else:
             self.program += self.reduces
         self.before, self.ahead, self.reduces = [], [], []
-
-
-def _slots(schedule: Schedule) -> list[int]:
-    """The slot of micro-batch b on stage s, at s m + b."""
-    slots = [0] * (schedule.num_stages * schedule.num_microbatches)
-    for program in schedule.programs:
-        for kind, stage, microbatch, slot, _, _ in program:
-            if kind is Kind.F:
-                slots[stage * schedule.num_microbatches + microbatch] = slot
-    return slots
-
-
-def _dated_transfers(schedule: Schedule, ends: list[list[float]]) -> list[tuple[float, int]]:
-    """Every transfer between ranks as (date, number), in the order both ends post them.
-
-    The number of the activation of micro-batch b from stage s is s m + b, that of the gradient from s is larger by (stages x m).
-    """
-    owners, last, count = schedule.stage_to_rank, schedule.num_stages - 1, schedule.num_microbatches
-    free, gradients = _slot_free_dates(schedule, ends), (last + 1) * count
-    dated: list[tuple[float, int]] = []
-    for program, row in zip(schedule.programs, ends, strict=True):
-        for (kind, stage, microbatch, _, _, _), end in zip(program, row, strict=True):
-            number = stage * count + microbatch
-            if kind is Kind.F:
-                if stage < last and owners[stage] != owners[stage + 1]:
-                    # Only an activation opens a slot; a gradient arrives in one that its own forward has opened.
-                    dated.append((max(end, free[number + count]), number))
-            elif kind in INPUT_GRADIENT and stage and owners[stage] != owners[stage - 1]:
-                dated.append((end, gradients + number))
-    # The number makes the order total, hence equal at both ends of every pair.
-    dated.sort()
-    return dated
-
-
-def _slot_free_dates(schedule: Schedule, ends: list[list[float]]) -> list[float]:
-    """For micro-batch b on stage s, at s m + b: when the slot its forward takes has been left by the micro-batch before it."""
-    left: dict[tuple[int, int], float] = {}
-    free = [0.0] * (schedule.num_stages * schedule.num_microbatches)
-    for program, row in zip(schedule.programs, ends, strict=True):
-        for (kind, stage, microbatch, slot, _, _), end in zip(program, row, strict=True):
-            if kind is Kind.F:
-                free[stage * schedule.num_microbatches + microbatch] = left.get((stage, slot), 0.0)
-            elif kind in WEIGHT_GRADIENT:
-                left[stage, slot] = end
-    return free

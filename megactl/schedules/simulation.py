@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import Action, Kind, Schedule
+from megactl.schedules.actions import FORWARD, WEIGHTS, Action, Kind, Schedule
 
 
 class Span(NamedTuple):
@@ -20,21 +22,11 @@ class Span(NamedTuple):
     end: float
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """Spans per rank, in program order."""
+class _Bubble:
+    """What follows from the length of an iteration and the computing time of its busiest rank."""
 
-    spans: tuple[tuple[Span, ...], ...]
-
-    @property
-    def makespan(self) -> float:
-        """Time from the first start to the last end over all ranks."""
-        return max((row[-1].end for row in self.spans if row), default=0.0)
-
-    @property
-    def ideal(self) -> float:
-        """Computing time of the busiest rank: no order of the same work can be shorter."""
-        return max((sum(span.end - span.start for span in row) for row in self.spans), default=0.0)
+    makespan: float
+    ideal: float
 
     @property
     def bubble(self) -> float:
@@ -46,7 +38,33 @@ class Timeline:
         """Idle time over ideal time: (p-1)/m for GPipe and 1F1B with equal stages and free transfers."""
         return self.bubble / self.ideal if self.ideal else 0.0
 
-    @property
+
+@dataclass(frozen=True)
+class Totals(_Bubble):
+    """The numbers of a `Timeline`, which has the same names."""
+
+    makespan: float
+    ideal: float
+    own_bubble: float
+
+
+@dataclass(frozen=True)
+class Timeline(_Bubble):
+    """Spans per rank, in program order."""
+
+    spans: tuple[tuple[Span, ...], ...]
+
+    @cached_property
+    def makespan(self) -> float:
+        """Time from the first start to the last end over all ranks."""
+        return max((row[-1].end for row in self.spans if row), default=0.0)
+
+    @cached_property
+    def ideal(self) -> float:
+        """Computing time of the busiest rank: no order of the same work can be shorter."""
+        return max((sum(span.end - span.start for span in row) for row in self.spans), default=0.0)
+
+    @cached_property
     def own_bubble(self) -> float:
         """The longest idle time of a rank between its own first start and its own last end.
 
@@ -71,93 +89,146 @@ def simulate(
     given. A tensor for another rank is usable `transfer` after it was produced; within a rank it is free.
     Raises ScheduleError when no rank can go on, naming what each one waits for.
     """
+    durations = durations_of(forward, backward, input_gradient=input_gradient, weight_gradient=weight_gradient)
+    return run_times(schedule, durations, transfer).timeline()
+
+
+def durations_of(
+    forward: float = 1.0, backward: float = 2.0, *, input_gradient: float | None = None, weight_gradient: float | None = None
+) -> dict[Kind, float]:
+    """The time of each kind of computation, from those that `simulate` takes."""
     split = backward / 2
-    durations = {
+    return {
         Kind.F: forward,
         Kind.B: backward if input_gradient is None or weight_gradient is None else input_gradient + weight_gradient,
         Kind.I: split if input_gradient is None else input_gradient,
         Kind.W: split if weight_gradient is None else weight_gradient,
     }
-    ends = run_times(schedule, durations, transfer)
-    rows = zip(schedule.programs, ends, strict=True)
-    return Timeline(tuple(tuple(_spans(program, row, durations)) for program, row in rows))
-
-
-def _spans(program: tuple[Action, ...], ends: list[float], durations: Mapping[Kind, float]) -> Iterator[Span]:
-    for action, end in zip(program, ends, strict=True):
-        yield Span(action, end - durations[action.kind], end)
 
 
 UNIT_TIMES: Mapping[Kind, float] = MappingProxyType({Kind.F: 1.0, Kind.B: 2.0, Kind.I: 1.0, Kind.W: 1.0})
 """What a schedule is dated with where no durations are known: a backward does twice the work of a forward."""
 
 
-def run_times(schedule: Schedule, durations: Mapping[Kind, float], transfer: float = 0.0) -> list[list[float]]:
-    """When each computation of each rank ends. See `simulate`, which makes spans of it; long schedules have millions of those.
+NEVER = -1.0
+"""The date of what is not there."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """When what is there, in a schedule run with these durations. `ends[rank]` has the end of each computation in program order; the
+    others, at stage x (micro-batches) + micro-batch, the end of each forward and of each input gradient, or NEVER.
+    """
+
+    schedule: Schedule
+    durations: Mapping[Kind, float]
+    ends: list[list[float]]
+    forwards: list[float]
+    input_gradients: list[float]
+
+    def timeline(self) -> Timeline:
+        """All of it as spans."""
+        return Timeline(tuple(tuple(self._spans(rank)) for rank in range(self.schedule.num_ranks)))
+
+    def _spans(self, rank: int) -> Iterator[Span]:
+        for action, end in zip(self.schedule.programs[rank], self.ends[rank], strict=True):
+            yield Span(action, end - self.durations[action.kind], end)
+
+    def totals(self) -> Totals:
+        """What the timeline would say in numbers, without one: the spans of a long schedule take longer than its simulation."""
+        makespan = ideal = own = 0.0
+        for rank, ends in enumerate(self.ends):
+            order = self.schedule.order(rank)
+            if not order:
+                continue
+            counts = Counter(kind for kind, _, _ in order)
+            work = sum(self.durations[kind] * count for kind, count in counts.items())
+            makespan, ideal = max(makespan, ends[-1]), max(ideal, work)
+            own = max(own, ends[-1] - (ends[0] - self.durations[order[0][0]]) - work)
+        return Totals(makespan, ideal, own)
+
+
+def run_times(schedule: Schedule, durations: Mapping[Kind, float], transfer: float = 0.0) -> Times:
+    """Run the schedule with the durations of `durations_of`. See `simulate`, which makes spans of it; long schedules have millions.
 
     Every rank runs its program in order, each action as early as its inputs allow; a rank blocked on an input waits in a table.
+    Raises ScheduleError when no rank can go on, naming what each one waits for.
     """
     return _Simulation(schedule, durations, transfer).run()
 
 
 class _Simulation:
-    """Results are numbered: the forward of micro-batch b on stage s is s x m + b, its input gradient that plus (stages x m)."""
+    """The dates of results, in lists with one stage more than there are: what the first forwards and the last gradients need is there at 0.
+
+    The forward of micro-batch b on stage s is at (s + 1) m + b of `forwards`, its input gradient at s m + b of `gradients`.
+    """
 
     def __init__(self, schedule: Schedule, durations: Mapping[Kind, float], transfer: float) -> None:
-        self.schedule = schedule
-        self.durations = durations
-        self.transfer = transfer
-        self.ready: dict[int, float] = {}
+        self.schedule, self.durations = schedule, durations
+        self.orders = [schedule.order(rank) for rank in range(schedule.num_ranks)]
+        count, owners = schedule.num_microbatches, schedule.stage_to_rank
+        self.forwards = [0.0] * count + [NEVER] * (schedule.num_stages * count)
+        self.gradients = [NEVER] * (schedule.num_stages * count) + [0.0] * count
+        # How long a stage's tensor is on its way from the stage before it, and from the one behind it.
+        hops = [transfer if before != after else 0.0 for before, after in pairwise(owners)]
+        self.hops_ahead, self.hops_back = [0.0, *hops], [*hops, 0.0]
+        # Ranks by the result they wait for: a forward's index, or behind all of those a gradient's.
         self.waiting: dict[int, list[int]] = {}
         self.ends: list[list[float]] = [[] for _ in range(schedule.num_ranks)]
 
-    def run(self) -> list[list[float]]:
+    def run(self) -> Times:
         runnable = deque(range(self.schedule.num_ranks))
         while runnable:
-            runnable.extend(self._advance(runnable.popleft()))
+            rank = runnable.popleft()
+            needed = self._advance(rank, runnable)
+            if needed is not None:
+                self.waiting.setdefault(needed, []).append(rank)
         self._refuse_deadlock()
-        return self.ends
+        count = self.schedule.num_microbatches
+        gradients = self.gradients[: len(self.gradients) - count]
+        return Times(self.schedule, self.durations, self.ends, self.forwards[count:], gradients)
 
-    def _advance(self, rank: int) -> list[int]:
-        """Run a rank until it blocks or ends; returns the ranks its results set free. (One flat loop: it runs for every action.)"""
-        ready, waiting, owners, durations = self.ready, self.waiting, self.schedule.stage_to_rank, self.durations
-        count, last, ends = self.schedule.num_microbatches, self.schedule.num_stages - 1, self.ends[rank]
-        gradients = (last + 1) * count
-        freed: list[int] = []
+    def _advance(self, rank: int, runnable: deque[int]) -> int | None:
+        """Run a rank until it blocks or ends; returns the result it waits for. (One flat loop: it runs for every computation.)"""
+        forwards, gradients, waiting, durations = self.forwards, self.gradients, self.waiting, self.durations
+        hops_ahead, hops_back, count, behind = self.hops_ahead, self.hops_back, self.schedule.num_microbatches, len(self.forwards)
+        order, ends, whole_forward = self.orders[rank], self.ends[rank], self.durations[Kind.F]
         clock = ends[-1] if ends else 0.0
-        for kind, stage, microbatch, _, _, _ in self.schedule.programs[rank][len(ends) :]:
-            result, needs, neighbour = stage * count + microbatch, None, stage
-            if kind is Kind.F:
-                if stage:
-                    needs, neighbour = result - count, stage - 1
-            else:
+        # Not a slice of the rest: it is copied each time that a rank goes on, half of its program on average.
+        for position in range(len(ends), len(order)):
+            kind, stage, microbatch = order[position]
+            result = stage * count + microbatch
+            if kind is FORWARD:
+                date = forwards[result]
+                if date < 0.0:
+                    return result
+                date += hops_ahead[stage]
+                clock = (date if date > clock else clock) + whole_forward
+                result += count
+                if forwards[result] < 0.0:
+                    forwards[result] = clock
+                    if result in waiting:
+                        runnable.extend(waiting.pop(result))
+            elif kind is WEIGHTS:
                 # The part of the same micro-batch before it is on the same rank.
-                own = result + gradients if kind is Kind.W else result
-                if own not in ready:
-                    waiting.setdefault(own, []).append(rank)
-                    break
-                result += gradients
-                if stage < last and kind is not Kind.W:
-                    needs, neighbour = result + count, stage + 1
-            if needs is not None:
-                date = ready.get(needs)
-                if date is None:
-                    waiting.setdefault(needs, []).append(rank)
-                    break
-                if owners[neighbour] != rank:
-                    date += self.transfer
-                if date > clock:
-                    clock = date
-            clock += durations[kind]
+                if gradients[result] < 0.0:
+                    return behind + result
+                clock += durations[kind]
+            else:
+                date = gradients[result + count]
+                if date < 0.0 or forwards[result + count] < 0.0:
+                    return result + count if forwards[result + count] < 0.0 else behind + result + count
+                date += hops_back[stage]
+                clock = (date if date > clock else clock) + durations[kind]
+                if gradients[result] < 0.0:
+                    gradients[result] = clock
+                    if behind + result in waiting:
+                        runnable.extend(waiting.pop(behind + result))
             ends.append(clock)
-            if result not in ready:
-                ready[result] = clock
-                if result in waiting:
-                    freed += waiting.pop(result)
-        return freed
+        return None
 
     def _refuse_deadlock(self) -> None:
-        stuck = [rank for rank, ends in enumerate(self.ends) if len(ends) < len(self.schedule.programs[rank])]
+        stuck = [rank for rank, ends in enumerate(self.ends) if len(ends) < len(self.orders[rank])]
         if not stuck:
             return
         lines = []
@@ -170,11 +241,11 @@ class _Simulation:
     def _awaited(self, action: Action) -> str:
         """The first thing an action lacks, in words."""
         count, stage, microbatch = self.schedule.num_microbatches, action.virtual_stage, action.microbatch
-        gradients = self.schedule.num_stages * count
+        own = stage * count + microbatch
         if action.kind is Kind.F:
             return f"the forward of micro-batch {microbatch} on stage {stage - 1}"
-        if action.kind is not Kind.W and stage * count + microbatch not in self.ready:
-            return f"the forward of micro-batch {microbatch} on stage {stage}"
-        if action.kind is Kind.W and gradients + stage * count + microbatch not in self.ready:
+        if action.kind is Kind.W:
             return f"the input gradient of micro-batch {microbatch} on stage {stage}"
+        if self.forwards[own + count] < 0.0:
+            return f"the forward of micro-batch {microbatch} on stage {stage}"
         return f"the input gradient of micro-batch {microbatch} on stage {stage + 1}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megactl.errors import ScheduleError
-from megactl.schedules.actions import COMPUTE, WEIGHT_GRADIENT, Action, Kind, Schedule
+from megactl.schedules.actions import COMPUTE, FORWARD, WEIGHT_GRADIENT, Action, Kind, Schedule
 from megactl.schedules.generators import GENERATORS, max_live_microbatches, max_live_on_rank
 from megactl.schedules.simulation import UNIT_TIMES, run_times
 
@@ -23,14 +23,21 @@ def validate(schedule: Schedule) -> None:
     and either one B or one I and one W, in that order; slots are never shared by two live micro-batches and none is left unused;
     live micro-batches stay within the published bound of the named schedule; and the whole runs without deadlock.
     """
-    _check_shape(schedule)
-    for rank, program in enumerate(schedule.programs):
-        _check_complete(schedule, rank, _check_program(schedule, rank, program))
-        _check_slots(schedule, rank, program)
+    check_shape(schedule)
+    for rank in range(schedule.num_ranks):
+        check_computations(schedule, rank)
     run_times(schedule, UNIT_TIMES)
 
 
-def _check_shape(schedule: Schedule) -> None:
+def check_computations(schedule: Schedule, rank: int) -> None:
+    """The rules of `validate` that are about one rank's program. Raises ScheduleError."""
+    program = schedule.programs[rank]
+    _check_complete(schedule, rank, _check_program(schedule, rank, program))
+    _check_slots(schedule, rank, program)
+
+
+def check_shape(schedule: Schedule) -> None:
+    """The rules of `validate` on numbers and placement. Raises ScheduleError."""
     for label, value in (("num_ranks", schedule.num_ranks), ("num_microbatches", schedule.num_microbatches)):
         if value < 1:
             raise ScheduleError(f"{label} = {value}: a schedule needs at least 1")
@@ -117,7 +124,7 @@ def live_microbatches(rank: int, program: tuple[Action, ...]) -> Iterator[tuple[
     for position, action in enumerate(program):
         kind, stage, microbatch, slot, _, _ = action
         buffer = (stage, slot)
-        if kind is Kind.F:
+        if kind is FORWARD:
             if buffer in owners:
                 raise broken(rank, position, f"{action} takes a slot in which micro-batch {owners[buffer]} is still live")
             owners[buffer] = microbatch

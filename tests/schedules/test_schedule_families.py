@@ -14,22 +14,26 @@ from megactl.config.schema import Parallel
 from megactl.errors import ScheduleError
 from megactl.schedules import (
     GENERATORS,
+    Dates,
     Kind,
     Schedule,
-    Timeline,
+    Totals,
     Work,
+    check_rank,
+    durations_of,
     generate,
     lower,
     max_live_microbatches,
     max_live_on_rank,
     num_chunks,
     peak_live,
+    peak_of,
     placement,
     published_bubble,
-    simulate,
-    validate_lowered,
+    run_times,
 )
 from megactl.schedules.interleaved import group_sizes
+from megactl.schedules.validation_lowered import check_exchanges
 
 FAMILIES = ("1f1b", "zb-h1", "zb-h2", "zb-v")
 
@@ -42,21 +46,27 @@ def sizes(name: str, ranks: int, micro_batches: int, chunks: int) -> Iterator[tu
                 yield p, m, v
 
 
-def timed(schedule: Schedule, forward: float = 1.0, inputs: float = 1.0, weights: float = 1.0) -> Timeline:
+def timed(schedule: Schedule, forward: float = 1.0, inputs: float = 1.0, weights: float = 1.0) -> Totals:
     """With the same work on a rank whatever the number of chunks."""
     v = schedule.num_stages // schedule.num_ranks
-    return simulate(schedule, forward / v, (inputs + weights) / v, input_gradient=inputs / v, weight_gradient=weights / v)
+    durations = durations_of(forward / v, (inputs + weights) / v, input_gradient=inputs / v, weight_gradient=weights / v)
+    return run_times(schedule, durations).totals()
 
 
 def check(name: str, p: int, m: int, v: int) -> None:
     schedule = generate(name, num_ranks=p, num_microbatches=m, chunks=v)
-    validate_lowered(lower(schedule))
+    dates = Dates(schedule)
+    lowered = lower(schedule, dates)
+    # All rules of `validate_lowered`: those on one rank's program as the rank checks them when it starts, and those on how ranks meet.
+    for rank in range(p):
+        check_rank(lowered.rank_program(rank), dates)
+    check_exchanges(lowered)
     for stage in range(p * v):
         bound = max_live_microbatches(name, stage=stage, num_ranks=p, num_microbatches=m, chunks=v)
         # The bounds are reached, so they are equalities: one that is merely large enough is found.
         assert schedule.num_slots(schedule.stage_to_rank[stage], stage) == bound, (name, p, m, v, stage)
     for rank in range(p):
-        live, _ = peak_live(name, dict.fromkeys(schedule.stages_of(rank), 1), rank=rank, num_ranks=p, num_microbatches=m, chunks=v)
+        live, _ = peak_of(schedule.order(rank), dict.fromkeys(schedule.stages_of(rank), 1))
         bound = max_live_on_rank(name, rank=rank, num_ranks=p, num_microbatches=m, chunks=v)
         # With fewer micro-batches than the V needs, some of its ranks never hold all of them at once.
         assert live == bound or (name == "zb-v" and m < 2 * p and live < bound), (name, p, m, v, rank)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
-from megactl.schedules import Kind, forward_only, lower, placement, simulate
+from megactl.schedules import Exchange, Kind, forward_only, lower, placement, simulate
 from megactl.schedules.validation_lowered import check_exchanges
 
 PLACEMENTS = [("1f1b", 1), ("1f1b", 2), ("1f1b", 3), ("zb-v", 2)]
@@ -20,7 +22,12 @@ def test_every_micro_batch_passes_every_stage_once(name: str, chunks: int, num_r
             expected = {(stage, m) for stage in schedule.stages_of(rank) for m in range(count)}
             assert {(a.virtual_stage, a.microbatch) for a in program} == expected and len(program) == len(expected)
             assert all(action.kind is Kind.F for action in program)
-        check_exchanges(lower(schedule))
+        lowered = lower(schedule)
+        check_exchanges(lowered)
+        moved = [a for program in lowered.programs for item in program if isinstance(item, Exchange) for a in item.actions]
+        # Both ends of each activation between ranks, and nothing else: there are no gradients.
+        between = sum(before != after for before, after in pairwise(stages))
+        assert len(moved) == 2 * count * between and {action.payload for action in moved} <= {"activation"}
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])

@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 from schedule_oracle import is_right
 
 from megactl.errors import ScheduleError
-from megactl.schedules import GENERATORS, Kind, generate, lower, max_live_microbatches, simulate, text_view, validate, validate_lowered
+from megactl.schedules import (
+    GENERATORS,
+    UNIT_TIMES,
+    Kind,
+    build,
+    checked_program,
+    generate,
+    lower,
+    max_live_microbatches,
+    run_times,
+    simulate,
+    text_view,
+    validate_lowered,
+)
 
 NAMES = sorted(GENERATORS)
 PLAIN = ("1f1b", "gpipe")
@@ -21,8 +34,8 @@ PLAIN = ("1f1b", "gpipe")
 def test_every_small_size_is_valid_and_runs(name: str, num_ranks: int) -> None:
     for num_microbatches in range(1, 17):
         schedule = generate(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
-        validate(schedule)
         lowered = lower(schedule)
+        # `validate` is part of it.
         validate_lowered(lowered)
         timeline = simulate(schedule)
         assert timeline.bubble_fraction == pytest.approx((num_ranks - 1) / num_microbatches)
@@ -85,6 +98,26 @@ def test_transfer_time_lengthens_the_pipeline() -> None:
     assert simulate(schedule, 1.0, 2.0, 0.5).makespan == pytest.approx(simulate(schedule).makespan + 2 * 3 * 0.5)
     one = generate("1f1b", num_ranks=1, num_microbatches=8)
     assert simulate(one, 1.0, 2.0, 0.5).makespan == 24.0
+
+
+def test_a_rank_that_starts_assigns_the_slots_of_its_own_program_and_of_those_it_sends_activations_to() -> None:
+    for name, chunks, asked in (("gpipe", 1, {4, 5}), ("1f1b", 3, {4, 5}), ("zb-h2", 1, {4, 5}), ("zb-v", 2, {3, 4, 5})):
+        schedule = generate(name, num_ranks=8, num_microbatches=16, chunks=chunks)
+        run_times(schedule, UNIT_TIMES).totals()
+        assert not schedule.programs.made
+        checked_program(schedule, 4)
+        assert set(schedule.programs.made) == asked, name
+
+
+def test_programs_are_made_once_and_are_those_of_tuples() -> None:
+    schedule = generate("zb-h1", num_ranks=3, num_microbatches=5)
+    eager = build("zb-h1", schedule.programs.orders, num_microbatches=5, stage_to_rank=schedule.stage_to_rank)
+    assert schedule == eager and hash(schedule) == hash(eager) and eager.programs == schedule.programs
+    assert schedule.programs[-1] is schedule.programs[2] and len(schedule.programs) == 3
+    assert [schedule.order(rank) for rank in range(3)] == [eager.order(rank) for rank in range(3)]
+    assert schedule != generate("zb-h1", num_ranks=3, num_microbatches=6)
+    with pytest.raises(IndexError):
+        schedule.programs[3]
 
 
 def test_refusals() -> None:

@@ -10,7 +10,20 @@ from schedule_handmade import fold, greedy, interleaved
 from schedule_oracle import is_right
 
 from megactl.errors import ScheduleError
-from megactl.schedules import Action, Exchange, Kind, LoweredSchedule, Schedule, generate, lower, validate, validate_lowered
+from megactl.schedules import (
+    Action,
+    Dates,
+    Exchange,
+    Kind,
+    LoweredSchedule,
+    Schedule,
+    check_rank,
+    checked_program,
+    generate,
+    lower,
+    validate,
+    validate_lowered,
+)
 
 SCHEDULES = {
     "1f1b": generate("1f1b", num_ranks=3, num_microbatches=4),
@@ -58,7 +71,11 @@ def changed_fields(action: Action) -> Iterator[Action]:
 @each_schedule
 def test_valid_to_begin_with(schedule: Schedule) -> None:
     validate(schedule)
-    validate_lowered(lower(schedule))
+    lowered, dates = lower(schedule), Dates(schedule)
+    validate_lowered(lowered)
+    for rank in range(schedule.num_ranks):
+        check_rank(lowered.rank_program(rank), dates)
+        assert checked_program(schedule, rank) == lowered.rank_program(rank)
 
 
 @each_schedule
@@ -105,29 +122,38 @@ def lowered_mutations(lowered: LoweredSchedule, rank: int, position: int) -> Ite
 
 @each_schedule
 def test_items_dropped_doubled_or_changed(schedule: Schedule) -> None:
-    lowered = lower(schedule)
+    lowered, dates = lower(schedule), Dates(schedule)
     for rank, position in positions(lowered):
         for mutant in lowered_mutations(lowered, rank, position):
             assert found(validate_lowered, mutant), (rank, position, lowered.programs[rank][position])
+            assert refused_alone(mutant, rank, dates), (rank, position, lowered.programs[rank][position])
 
 
 @each_schedule
 def test_items_moved(schedule: Schedule) -> None:
     """An item moved elsewhere: either found, or the programs still compute what one process would."""
-    lowered = lower(schedule)
-    missed = [mutant for mutant in moves(lowered) if not found(validate_lowered, mutant)]
-    assert all(is_right(mutant) for mutant in missed)
-    wrong = [mutant for mutant in moves(lowered) if not is_right(mutant)]
-    assert wrong and all(found(validate_lowered, mutant) for mutant in wrong)
+    dates, wrong = Dates(schedule), 0
+    for rank, mutant in moves(lower(schedule)):
+        right = is_right(mutant)
+        wrong += not right
+        # What all programs together show, the rank alone sees as well. It takes no other order than the common one, though some are right.
+        seen, alone = found(validate_lowered, mutant), refused_alone(mutant, rank, dates)
+        assert (seen or right) and (alone or not seen)
+    assert wrong
 
 
-def moves(lowered: LoweredSchedule) -> Iterator[LoweredSchedule]:
+def moves(lowered: LoweredSchedule) -> Iterator[tuple[int, LoweredSchedule]]:
     for rank, position in positions(lowered):
         program = list(lowered.programs[rank])
         item = program.pop(position)
         for target in range(max(0, position - 4), min(len(program), position + 4) + 1):
             if target != position:
-                yield with_program(lowered, rank, [*program[:target], item, *program[target:]])
+                yield rank, with_program(lowered, rank, [*program[:target], item, *program[target:]])
+
+
+def refused_alone(lowered: LoweredSchedule, rank: int, dates: Dates) -> bool:
+    """Whether the rank refuses its own program, of which it knows what was dated and no other rank's program."""
+    return found(lambda subject: check_rank(subject.rank_program(rank), dates), lowered)
 
 
 def test_sends_must_match_receives_in_order() -> None:
@@ -139,6 +165,10 @@ def test_sends_must_match_receives_in_order() -> None:
     rule = r"rank 1, position 0: receives the activation of micro-batch 1 .* sends the activation of micro-batch 0"
     with pytest.raises(ScheduleError, match=rule):
         validate_lowered(with_program(lowered, 1, swapped))
+    with pytest.raises(
+        ScheduleError, match=r"rank 1, position 0: .*micro-batch 1.* is posted where the order of all ranks has .*micro-batch 0"
+    ):
+        check_rank(with_program(lowered, 1, swapped).rank_program(1), Dates(generate("gpipe", num_ranks=2, num_microbatches=4)))
 
 
 def test_plain_blocking_sends_deadlock_1f1b() -> None:
@@ -164,8 +194,30 @@ def test_waiting_before_sending_deadlocks_in_any_case() -> None:
     program = [item for item in program if isinstance(item, Action) or item.actions]
     backward = next(i for i, item in enumerate(program) if isinstance(item, Action) and item.kind is Kind.B)
     program.insert(backward + 1, Exchange((send,)))
+    late = with_program(lowered, 0, program)
     with pytest.raises(ScheduleError, match="communication deadlock where batches complete in the background"):
-        validate_lowered(with_program(lowered, 0, program))
+        validate_lowered(late)
+    assert refused_alone(late, 0, Dates(generate("gpipe", num_ranks=2, num_microbatches=2)))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_no_rank_starts_a_schedule_in_which_any_ranks_wait_in_a_circle(rank: int) -> None:
+    """Rank 2 begins with what rank 1 only does after an answer; rank 0, whose own program is right, must not start either."""
+    schedule = generate("gpipe", num_ranks=3, num_microbatches=2)
+    f0, f1, b0, b1 = schedule.programs[2]
+    one_by_one = [schedule.programs[1][position] for position in (0, 2, 1, 3)]
+    circle = with_program(with_program(schedule, 1, one_by_one), 2, (f1, b1, f0, b0))
+    rule = r"rank 1, position 1: B.*waits for the input gradient.*rank 2, position 0: F.*waits for the forward.*no rank can go on"
+    with pytest.raises(ScheduleError, match=rule):
+        checked_program(circle, rank)
+
+
+def test_a_rank_starts_only_what_was_dated() -> None:
+    """The same computations in another order may be right on their own, but nothing is known of how ranks would meet."""
+    schedule = generate("gpipe", num_ranks=2, num_microbatches=3)
+    other = replace(schedule, programs=generate("1f1b", num_ranks=2, num_microbatches=3).programs)
+    with pytest.raises(ScheduleError, match="rank 1: its computations are not those that were dated"):
+        check_rank(lower(other).rank_program(1), Dates(schedule))
 
 
 def sends_activation(action: Action, microbatch: int) -> bool:
