@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megactl.config.schema import Model
@@ -13,6 +13,7 @@ from megactl.errors import ConfigError
 SMALL = Model(num_layers=24, hidden_size=1024, num_heads=16, vocab_size=50257)
 
 
+@settings(deadline=None)
 @given(node=st.sampled_from([1, 2, 4, 8, 16]), nodes=st.integers(1, 64), replicas=st.integers(1, 8))
 def test_the_degrees_multiply_to_the_gpus(node: int, nodes: int, replicas: int) -> None:
     mp = node * nodes
@@ -26,6 +27,7 @@ def test_within_a_node_there_is_no_pipeline() -> None:
         rule_of_thumb(9, gpus=64, gpus_per_node=8)
 
 
+@settings(deadline=None)
 @given(memory=st.floats(3.0, 30.0), gpus=st.sampled_from([1, 2, 4, 8, 16, 24]))
 def test_a_suggestion_is_the_fewest_gpus_that_fit(memory: float, gpus: int) -> None:
     options = {"seq_length": 1024, "gpus": gpus, "gpus_per_node": 4}
