@@ -171,7 +171,7 @@ def _model(run: Run) -> dict[str, Any]:
 def memory_of(resolved: Resolved) -> dict[str, Any]:
     """Predicted bytes of one rank of each stage, and of the fullest; what the prediction leaves out is named in costmodel.memory."""
     from megactl.config.memory import offload_targets
-    from megactl.costmodel.memory import Layout, estimate_stages
+    from megactl.costmodel.memory import CUBLAS_WORKSPACES, Layout, estimate_stages
 
     run, batch = resolved.run, resolved.batch
     assert run.parallel.data_parallel is not None and run.parallel.zero is not None, "the run is not resolved"
@@ -192,6 +192,7 @@ def memory_of(resolved: Resolved) -> dict[str, Any]:
         context_method=run.parallel.context_method,
         bucket_size=run.parallel.bucket_size,
         zero_prefetch=run.parallel.zero_prefetch,
+        persistence_threshold=run.parallel.persistence_threshold,
         split_layers=run.parallel.split_layers,
         tile=run.parallel.tile,
         recompute=run.memory.recompute,
@@ -199,6 +200,7 @@ def memory_of(resolved: Resolved) -> dict[str, Any]:
         recompute_layers=run.memory.recompute_layers,
         partition_activations=run.memory.partition_activations,
         offload=offload_targets(run.memory.offload),
+        workspaces=CUBLAS_WORKSPACES if run.training.device == "cuda" else 0,
     )
     stages = [estimate.as_dict() for estimate in estimate_stages(run.model, layout)]
     return {"largest_rank_bytes": max(stage["total"] for stage in stages), "stages": stages}
@@ -245,7 +247,7 @@ def _cost_text(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, memory = document["model"], document["memory"]
     fullest = max(memory["stages"], key=lambda stage: stage["total"])
     parts = ["weights", "gradients", "optimizer", "activations", "logits", "transient"]
-    parts[3:3] = [] if not fullest["live_state"] else ["live_state"]
+    parts[3:3] = [part for part in ("live_state", "workspaces") if fullest[part]]
     state = ", ".join(f"{part.replace('_', ' ')} {size(fullest[part])}" for part in parts)
     per_rank = f"at most {count(max(model['parameters_per_rank']))} on a rank"
     return [

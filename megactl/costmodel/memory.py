@@ -9,7 +9,7 @@ Symbols: s tokens, b sequences in a micro-batch, h hidden, f MLP width, a heads,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from megactl.config.schema import Model
@@ -23,11 +23,11 @@ from megactl.costmodel.parameters import (
     split_layers,
     stage_parts,
     stage_ranks,
-    unit_parameters,
     vocabulary,
 )
-from megactl.costmodel.recompute import KeptLayers, Recompute, kept_layers
-from megactl.costmodel.zero import Units, live_bytes
+from megactl.costmodel.recompute import KeptLayers, Recompute, held_in_backward, kept_layers
+from megactl.costmodel.stage_units import Cut, StageBytes, stage_units
+from megactl.costmodel.zero import Sharing, StageUnits, fullest_moment, largest_bucket, whole_elements
 from megactl.errors import ConfigError, Problem
 
 
@@ -87,9 +87,19 @@ def model_state(parameters: int, precision: str, *, zero: int = 0, data_parallel
     return ModelState(*held)
 
 
+# Numbers of a layout that may be 0.
+_FROM_ZERO = ("zero", "zero_prefetch", "persistence_threshold", "workspaces")
+
+# Bytes that torch gives cuBLAS on Hopper and Blackwell (8 MiB each before): a workspace of the thread that runs forward, and of autograd's.
+CUBLAS_WORKSPACES = 2 * 2**25
+
+
 @dataclass(frozen=True)
 class Layout:
-    """What decides the memory of a rank besides the model. Sequences and micro-batches are those of one replica."""
+    """What decides the memory of a rank besides the model. Sequences and micro-batches are those of one replica.
+
+    workspaces: bytes that the device's library of matrix products keeps.
+    """
 
     seq_length: int
     micro_batch_size: int
@@ -107,6 +117,7 @@ class Layout:
     context_method: str = "ring"
     bucket_size: int = 40_000_000
     zero_prefetch: int = 1
+    persistence_threshold: int = 100_000
     split_layers: bool = False
     tile: int = 1
     recompute: str = "none"
@@ -114,6 +125,7 @@ class Layout:
     recompute_layers: int = 1
     partition_activations: bool = False
     offload: frozenset[str] = frozenset()
+    workspaces: int = 0
 
     @property
     def replicas(self) -> int:
@@ -122,7 +134,7 @@ class Layout:
 
     def problems(self) -> list[Problem]:
         """Every value that no run can have."""
-        counts = [field.name for field in fields(self) if field.type == "int" and field.name not in ("zero", "zero_prefetch")]
+        counts = [field.name for field in fields(self) if field.type == "int" and field.name not in _FROM_ZERO]
         found = [Problem(f"{name} = {getattr(self, name)}", "must be at least 1", "set 1") for name in counts if getattr(self, name) < 1]
         if self.zero not in (0, 1, 2, 3):
             found.append(Problem(f"zero = {self.zero}", "ZeRO has the stages 0 to 3", "set 0, 1, 2 or 3"))
@@ -135,8 +147,9 @@ class MemoryEstimate:
 
     stage: its pipeline rank; the virtual stages it holds count together. live_microbatches: at the peak, each once a virtual stage.
     weights, gradients, optimizer: there all the time. activations: kept for backward by all live micro-batches together. logits: head
-    and loss of the last stage at their peak. transient: working set of one layer, and what is computed again with it. live_state: weights
-    and gradients that ZeRO 2 and 3 have whole for a while. host: bytes in host memory, of which nothing is in the total.
+    and loss of the last stage at their peak. transient: working set of one layer, and what is computed again with it. live_state: what
+    ZeRO 2 and 3 have whole for a while, as far as the fullest moment has more than the other parts say. workspaces: of
+    the layout. host: bytes in host memory, of which nothing is in the total.
     """
 
     stage: int
@@ -149,6 +162,7 @@ class MemoryEstimate:
     logits: int
     transient: int
     live_state: int = 0
+    workspaces: int = 0
     host: int = 0
 
     @property
@@ -159,7 +173,7 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Peak bytes of tensors: loss and layer backward are never in progress at the same time."""
-        return self.model_state + self.live_state + self.activations + max(self.logits, self.transient)
+        return self.model_state + self.live_state + self.workspaces + self.activations + max(self.logits, self.transient)
 
     def as_dict(self) -> dict[str, int]:
         """All parts and the total, in bytes (parameters and micro-batches are counts)."""
@@ -179,7 +193,7 @@ def estimate_stages(model: Model, layout: Layout) -> tuple[MemoryEstimate, ...]:
 def estimate_stage(model: Model, layout: Layout, rank: int) -> MemoryEstimate:
     """Peak bytes of tensors on a rank that holds the virtual stages of pipeline rank `rank`.
 
-    Left out: the CUDA context (0.5 to 2 GB), communication buffers of NCCL and of transfers in flight, library workspaces,
+    Left out: the CUDA context (0.5 to 2 GB), communication buffers of NCCL and of transfers in flight,
     the caching allocator's fragmentation (2 to 6 % of the rest), masks of documents (`reset_attention_mask`), dropout masks where
     the compiled operators are not built, and the square that scaled_dot_product_attention stores where it has no fused kernel.
     Raises ConfigError where the layout does not divide the model.
@@ -193,26 +207,32 @@ def estimate_stage(model: Model, layout: Layout, rank: int) -> MemoryEstimate:
     by_stage = {stage: sum(stage_parts(model, stage=stage, **shape).values()) for stage in held}
     parameters, layers = sum(by_stage.values()), _stage_layers(model, layout, len(placed))
     state = model_state(parameters, layout.precision, zero=layout.zero, data_parallel=layout.replicas)
-    sizes = _Sizes.of(model, layout)
+    state_sizes, sizes = precision_sizes(layout.precision).state, _Sizes.of(model, layout)
     kept = {stage: _kept(model, layout, sizes, stage, layers[stage]) for stage in held}
     live = live_at_peak(layout, rank, {stage: each.device for stage, each in kept.items()})
     host = {stage: each.host for stage, each in kept.items()}
     # Mostly nothing, and the walk over a long order takes its time.
     on_host = live_at_peak(layout, rank, host).total if any(host.values()) else 0
     last = len(placed) - 1
-    units = _units(model, layout, sizes, parameters, held, last)
+    logits = _logits(sizes, live.of_last) if last in held else 0
+    transient = _layer_transient(model, layout, sizes) + max(each.again for each in kept.values())
+    sharing = _sharing(layout)
+    units = [_stage_units(model, layout, sizes, stage, last, layers[stage], live) for stage in held]
+    fullest = fullest_moment(units, sharing) if layout.zero >= 2 else 0
+    whole = state_sizes.weight * sum(whole_elements(stage, sharing) for stage in units) if layout.zero == 3 else 0
     return MemoryEstimate(
         stage=rank,
         parameters=parameters,
         live_microbatches=live.microbatches,
-        weights=0 if "parameters" in layout.offload else state.weights,
+        weights=whole if "parameters" in layout.offload else state.weights + whole - whole // layout.replicas,
         gradients=state.gradients,
         optimizer=0 if "optimizer" in layout.offload else state.optimizer,
         activations=live.total,
-        logits=_logits(sizes, live.of_last) if last in held else 0,
-        transient=_layer_transient(model, layout, sizes) + max(each.again for each in kept.values()),
-        live_state=_live_state(layout, units),
-        host=on_host + _host_state(layout, units),
+        logits=logits,
+        transient=transient,
+        workspaces=layout.workspaces,
+        live_state=max(0, fullest - live.total - max(logits, transient)),
+        host=on_host + _host_state(layout, parameters, max(largest_bucket(stage, sharing) for stage in units)),
     )
 
 
@@ -222,40 +242,65 @@ def _stage_layers(model: Model, layout: Layout, num_stages: int) -> list[int]:
 
 def _kept(model: Model, layout: Layout, sizes: _Sizes, stage: int, layers: int) -> KeptLayers:
     """What one virtual stage keeps for a micro-batch: its layers, and what the embedding keeps. What it sends on nobody keeps."""
-    recompute = Recompute(
+    kept = kept_layers(_recompute(layout), layers, layer=layer_activations(model, layout), layer_input=sizes.held)
+    return replace(kept, device=kept.device + (_embedding(model, sizes) if stage == 0 else 0) + _rotary_tables(model, sizes))
+
+
+def _recompute(layout: Layout) -> Recompute:
+    return Recompute(
         layout.recompute,
         layout.recompute_method,
         layout.recompute_layers,
         shares=layout.tensor_parallel if layout.partition_activations else 1,
         on_host="activations" in layout.offload,
     )
-    kept = kept_layers(recompute, layers, layer=layer_activations(model, layout), layer_input=sizes.held)
-    return replace(kept, device=kept.device + (_embedding(model, sizes) if stage == 0 else 0) + _rotary_tables(model, sizes))
 
 
-def _units(model: Model, layout: Layout, sizes: _Sizes, parameters: int, held: Sequence[int], last: int) -> Units:
-    """What is gathered together: a layer, with `split_layers` its larger half, with `tile` a part of its largest matrix."""
-    whole = unit_parameters(model, tp=layout.tensor_parallel, half=layout.split_layers)
-    unit = whole if layout.tile == 1 else sizes.layer_matrix // layout.tile
-    table = sizes.head_matrix if 0 in held or last in held else 0
-    return Units(parameters, unit, table, table_stays=0 in held and last in held and not model.untie_embeddings)
-
-
-def _live_state(layout: Layout, units: Units) -> int:
-    """See `zero.live_bytes`."""
+def _sharing(layout: Layout) -> Sharing:
     state = precision_sizes(layout.precision).state
-    return live_bytes(
-        layout.zero, units, replicas=layout.replicas, bucket=layout.bucket_size, prefetch=layout.zero_prefetch,
-        weight=state.weight, gradient=state.gradient,
+    return Sharing(
+        layout.zero, layout.replicas, layout.bucket_size, layout.zero_prefetch, layout.persistence_threshold,
+        state.weight, state.gradient, layout.num_microbatches,
     )  # fmt: skip
 
 
-def _host_state(layout: Layout, units: Units) -> int:
-    """See `offload.host_bytes`."""
+def _stage_units(model: Model, layout: Layout, sizes: _Sizes, stage: int, last: int, layers: int, live: LivePeak) -> StageUnits:
+    """The units of a virtual stage, with the activations that the rank holds while the backward of each runs."""
+    plan = {"layer": layer_activations(model, layout), "layer_input": sizes.held}
+    own = held_in_backward(_recompute(layout), layers, **plan)
+    mlp, mlp_kept = _mlp_working(sizes), _mlp_kept(sizes)
+    if _splits_backward(layout):
+        # The weight gradients come later, and with them go the tensors that they read: nothing is counted as free before the end.
+        own, mlp_kept = own[:1] * layers, 0
+    head = _head_kept(sizes) if stage == last else 0
+    held = StageBytes(
+        all_kept=live.total,
+        others=live.total - kept_layers(_recompute(layout), layers, **plan).device,
+        layers=own, mlp=mlp, attention=_attention_working(layout, sizes), mlp_kept=mlp_kept, gradient=sizes.held,
+        head=live.of_last * head, head_work=sizes.hidden, older=(live.of_last - 1) * head,
+        # Vectors of tokens and of positions, and their sum.
+        entry=3 * sizes.hidden,
+        # The gradient of its output, and the same in the type of the table's.
+        embedding=sizes.hidden + (sizes.hidden // sizes.element * sizes.main_gradient if sizes.element != sizes.main_gradient else 0),
+    )  # fmt: skip
+    cut = Cut(layout.tensor_parallel, stage == 0, stage == last, layout.split_layers, layout.tile, layout.seq_length)
+    return stage_units(model, cut, held)
+
+
+def _splits_backward(layout: Layout) -> bool:
+    """Whether weight gradients are put off; on a single pipeline rank no schedule does."""
+    if layout.pipeline_parallel == 1:
+        return False
+    from megactl.schedules.generators import GENERATORS
+
+    return GENERATORS[layout.schedule].splits_backward
+
+
+def _host_state(layout: Layout, parameters: int, largest: int) -> int:
+    """See `offload.host_bytes`; `largest`: elements of a rank's largest bucket."""
     state = precision_sizes(layout.precision).state
-    largest = max(units.layer, units.table) if layout.zero == 3 else units.parameters
     return host_bytes(
-        layout.offload, parameters=units.parameters, zero=layout.zero, replicas=layout.replicas, weight=state.weight,
+        layout.offload, parameters=parameters, zero=layout.zero, replicas=layout.replicas, weight=state.weight,
         main=state.gradient, largest=largest // (layout.replicas if layout.zero else 1),
     )  # fmt: skip
 
@@ -339,10 +384,9 @@ class _Sizes:
     scores: int
     score_copies: int
     logits: int
-    layer_matrix: int
-    head_matrix: int
     unfused: bool
     ring: bool
+    shares_tokens: bool
     main_gradient: int
     head_inputs: int
 
@@ -366,48 +410,66 @@ class _Sizes:
             scores=model.num_heads * layout.seq_length * tokens // t,
             score_copies=2 if model.attention_dropout > 0 else 1,
             logits=tokens * rows,
-            layer_matrix=model.hidden_size * max(first_matrix_width(model), model.hidden_size + 2 * key_value_width(model)) // t,
-            head_matrix=rows * model.hidden_size,
             # Dropout inside a fused kernel cannot be repeated by another layout, so `auto` does not use one then.
             unfused=model.attention == "unfused" or (model.attention == "auto" and model.attention_dropout > 0),
             ring=layout.context_parallel > 1 and layout.context_method == "ring",
+            shares_tokens=layout.sequence_parallel,
             main_gradient=precision.state.gradient,
             # Inputs of the final norm and the output matrix; of BERT's dense layer, its GELU and its norm.
             head_inputs=1 + (model.norm_position == "pre") + 3 * is_encoder(model),
         )
 
-    def product(self, matrix: int) -> int:
-        """Bytes of a weight gradient on its way into the main gradient: a tensor of its own only where the types differ."""
-        return matrix * self.element if self.element != self.main_gradient else 0
+
+def _head_kept(sizes: _Sizes) -> int:
+    """Bytes a micro-batch keeps for the backward of final norm, heads and loss: their inputs and the logits."""
+    return sizes.head_inputs * sizes.held + sizes.logits * sizes.element
 
 
 def _logits(sizes: _Sizes, live: int) -> int:
     """Final norm, heads and cross-entropy on the last stage, at the worst moment of the newest micro-batch.
 
-    That is the head's backward: the gradient of the logits, which the compiled cross-entropy writes over them, of the head's input
-    and of its weight. Older live micro-batches (GPipe) have kept their logits.
+    That is the head's backward: the gradient of the logits, which the compiled cross-entropy writes over them, and of the head's
+    input. The weight's is summed in its buffer, in the buffer's type (`functional.weight_gradient`). Older live micro-batches
+    (GPipe) have kept their logits.
     """
-    head_backward = sizes.hidden + sizes.product(sizes.head_matrix)
-    return live * (sizes.head_inputs * sizes.held + sizes.logits * sizes.element) + head_backward
+    return live * _head_kept(sizes) + sizes.hidden
 
 
 def _layer_transient(model: Model, layout: Layout, sizes: _Sizes) -> int:
     """Largest working set inside one layer's backward, beyond what it keeps: that of the MLP, or of unfused attention.
 
-    Under sequence parallelism the input of a matrix is gathered again for its weight gradient. A saved input that was shared out is
-    gathered before the layer runs again, into a tensor that the layer keeps (it is in `KeptLayers.again`).
+    What the layer keeps for the MLP is free again when attention's backward runs. A saved input that was shared out is gathered
+    before the layer runs again, into a tensor that the layer keeps (it is in `KeptLayers.again`).
     """
-    gathered = sizes.hidden if layout.sequence_parallel else 0
-    through_mlp = sizes.first + sizes.hidden + sizes.held + gathered + sizes.product(sizes.layer_matrix)
+    return max(_mlp_working(sizes), _attention_working(layout, sizes) - _mlp_kept(sizes))
+
+
+def _mlp_kept(sizes: _Sizes) -> int:
+    """Of what a layer keeps, the inputs of the second norm, of the MLP's matrices, and of its activation."""
+    return 2 * sizes.held + sizes.first + sizes.mlp
+
+
+def _mlp_working(sizes: _Sizes) -> int:
+    """The residual's gradient, and those of the activation's output and input.
+
+    With these two the second matrix's input is still there, which is kept; peaks measured on H200 have all of them. It makes room for
+    the gradient of the first matrix's input, under sequence parallelism for that input gathered again and the gradient's own share.
+    """
+    entering = sizes.hidden + (sizes.hidden + sizes.held if sizes.shares_tokens else 0)
+    return sizes.held + sizes.mlp + sizes.first + max(0, entering - sizes.mlp)
+
+
+def _attention_working(layout: Layout, sizes: _Sizes) -> int:
+    """Largest working set inside attention's backward."""
     if sizes.ring:
-        return max(through_mlp, _ring_transient(layout, sizes) - 2 * sizes.held - sizes.first - sizes.mlp)
+        return _ring_transient(layout, sizes)
     if not sizes.unfused:
-        return through_mlp
-    # Gradients of the probabilities and of the scores; the MLP's kept tensors of this layer are free again by then. What selective
-    # recomputation does not keep is there again.
+        # Gradients of the residual, of attention's output, of q, k and v, and the sums of q's in the type of sums.
+        own = sizes.hidden // sizes.tensor_parallel
+        return sizes.held + 2 * own + 2 * sizes.keys + own // sizes.element * sizes.accumulate
+    # Gradients of the probabilities and of the scores. What selective recomputation does not keep is there again.
     again = sizes.score_copies if layout.recompute == "selective" else 0
-    attention = (2 + again) * sizes.scores * sizes.element + sizes.hidden
-    return max(through_mlp, attention - 2 * sizes.held - sizes.first - sizes.mlp)
+    return (2 + again) * sizes.scores * sizes.element + sizes.hidden
 
 
 def _ring_transient(layout: Layout, sizes: _Sizes) -> int:

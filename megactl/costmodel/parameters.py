@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import lcm
 
@@ -228,7 +229,50 @@ def _layer_parts(model: Model) -> dict[str, tuple[int, int]]:
     }
 
 
-def unit_parameters(model: Model, *, tp: int, half: bool = False) -> int:
-    """Parameters of a layer on one rank, or of the larger half of one (attention, MLP, each with its norm)."""
-    parts = {part: split // tp + whole for part, (split, whole) in _layer_parts(model).items()}
-    return max(parts["attention"], parts["mlp"]) + parts["layernorms"] // 2 if half else sum(parts.values())
+@dataclass(frozen=True)
+class LayerTensors:
+    """Elements of each parameter of a layer on one rank, by halves, in the order of backward; the rest are biases and norms."""
+
+    mlp: tuple[int, int]
+    mlp_rest: tuple[int, ...]
+    attention: tuple[int, int]
+    attention_rest: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum((*self.mlp, *self.mlp_rest, *self.attention, *self.attention_rest))
+
+
+def layer_tensors(model: Model, *, tp: int) -> LayerTensors:
+    """The parameters of a layer one by one: down, up, attention's output, qkv. A norm stands with the half that runs it."""
+    h, f, first = model.hidden_size, ffn_width(model) // tp, first_matrix_width(model) // tp
+    qkv, own, norm = (h + 2 * key_value_width(model)) // tp, h // tp, norm_tensors(model)
+    before = model.norm_position == "pre"
+    return LayerTensors(
+        mlp=(f * h, first * h),
+        mlp_rest=((h, first) if model.bias else ()) + (norm if before else norm + norm),
+        attention=(own * h, qkv * h),
+        attention_rest=((h, qkv) if model.bias else ()) + (norm if before else ()),
+    )
+
+
+def norm_tensors(model: Model) -> tuple[int, ...]:
+    """Elements of each parameter of one norm."""
+    return (model.hidden_size,) * (norm_parameters(model) // model.hidden_size)
+
+
+def embedding_tensors(model: Model, *, seq_length: int | None) -> tuple[int, ...]:
+    """Elements of each parameter of the embedding besides the tokens' table; tensor parallelism does not divide them."""
+    positions = learned_positions(model, seq_length) * model.hidden_size
+    own = (TOKEN_TYPES * model.hidden_size, *(norm_tensors(model) if model.norm_position == "post" else ())) if is_encoder(model) else ()
+    return ((positions,) if positions else ()) + own
+
+
+def head_tensors(model: Model, *, tp: int) -> tuple[int, ...]:
+    """Elements of each parameter of the head besides the output matrix, on one rank."""
+    if not is_encoder(model):
+        return ()
+    h = model.hidden_size
+    sentence = (h * h, h, SENTENCE_CLASSES * h, SENTENCE_CLASSES) if has_sentence_head(model) else ()
+    return (h * h, h, *norm_tensors(model), padded_vocab(vocabulary(model), tp) // tp, *sentence)
