@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -224,7 +224,11 @@ def _prepared(layout: Layout, assignments: Sequence[str], wanted: Mapping[str, A
     for name, key in (("layers", "model.num_layers"), ("hidden", "model.hidden_size"), ("nproc", "training.nproc")):
         settings += [f"{key}={wanted[name]}"] if wanted[name] is not None else []
     settings += [f"logging.run_dir={wanted['run_dir']}"] if wanted["run_dir"] else []
-    return prepare(load(preset=layout.model, assignments=settings), os.environ)
+    resolved, start = prepare(load(preset=layout.model, assignments=settings), os.environ)
+    if wanted["dry_run"] and wanted["device"] != "cpu":
+        # What GPUs would need, also where there are none.
+        resolved = replace(resolved, run=replace(resolved.run, training=replace(resolved.run.training, device="cuda")))
+    return resolved, start
 
 
 def measure(cells: Sequence[Cell], start: StartInfo, iterations: int) -> tuple[list[Measured], int]:

@@ -43,13 +43,16 @@ def test_the_study_is_whole():
 
 
 def test_a_dry_run_predicts_the_whole_study_within_what_it_measured(capfd):
-    """Of the study's own setting. Its system keeps one copy of the scores more, so the baseline may be lower here."""
+    """Of the study's own setting. Its system keeps one copy of the scores more, so the baseline may be lower here.
+
+    On its V100 cuBLAS takes 16 MiB; what is predicted is of newer GPUs, where it takes 64.
+    """
     assert main(["bench", "recompute", "--dry-run", "--setting", "study", "--json"]) == 0
     document = json.loads(capfd.readouterr().out)
     assert len(document["rows"]) == 80 and not document["left_out"]
     for row in document["rows"]:
         assert row["ms"] is row["peak_mib"] is row["time_over_baseline"] is None
-        assert 0.75 < row["predicted_mib"] / row["study_mib"] < 1.07, row
+        assert 0.75 < (row["predicted_mib"] - 48) / row["study_mib"] < 1.07, row
 
 
 def test_a_dry_run_has_no_picture(capfd, tmp_path):
