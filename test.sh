@@ -17,7 +17,8 @@ for argument in "$@"; do
 done
 spread=()
 if [ -z "$chosen" ] && .venv/bin/python -c 'import xdist' 2>/dev/null; then
-    # More than four would contend for memory: each holds torch, and up to eight ranks of it.
-    spread=(-n logical --maxprocesses 4 --dist loadfile)
+    # One more than there are cores, as tests of stops and timeouts wait; each process holds torch, and up to eight ranks of it.
+    cores=$(nproc)
+    spread=(-n "$((cores < 4 ? cores + 1 : 4))" --dist loadfile)
 fi
 exec .venv/bin/python -m pytest "${spread[@]}" "$@"

@@ -69,7 +69,7 @@ def test_two_ranks_go_through_the_list(train: Runs):
 
 def test_ctrl_c_ends_after_the_row_and_shows_what_was_done(train: Runs):
     rows = ["--dp 2", "--pp 2", "--tp 2"]
-    options = ["--nproc", "2", "--gbs", "4", "--iterations", "200", "--run-dir", "run", *of_rows(rows)]
+    options = ["--nproc", "2", "--gbs", "4", "--iterations", "60", "--run-dir", "run", *of_rows(rows)]
     command = train.zygote.begin((*TRAIN, *options), cwd=train.folder, environment=clean_environment())
     wait_for(lambda: (train.folder / "run" / "rows.jsonl").exists(), command.alive)
     command.signal(signal.SIGINT)
