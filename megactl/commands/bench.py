@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megactl.commands.bench_recompute import recompute, write_text
+from megactl.commands.bench_recompute import recompute
 from megactl.commands.bench_train import train
-from megactl.commands.common import emit_json, say
+from megactl.commands.common import emit_json, say, write_text
 from megactl.commands.tables import markdown_table, show_table
 from megactl.commands.typer_app import App
 from megactl.errors import EXIT_INTERRUPTED, ConfigError, Problem

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megactl.commands.common import emit_json, say
+from megactl.commands.common import emit_json, say, write_text
 from megactl.commands.tables import markdown_table, show_table
 from megactl.errors import EXIT_INTERRUPTED, ConfigError, MegactlError, Problem
 from megactl.report.published import STRATEGIES, RecomputeRow, recompute_rows
@@ -312,11 +312,3 @@ def _print(document: Mapping[str, Any]) -> None:
 def _markdown(document: Mapping[str, Any]) -> str:
     parts = [f"## {title}\n\n{markdown_table(HEADER, rows, right=_NUMBERS)}" for title, rows in _parts(document)]
     return "\n\n".join(parts) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a page. Raises MegactlError where that is not possible."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MegactlError(f"{path}: cannot be written: {error.strerror}", "choose another place with --markdown FILE") from error

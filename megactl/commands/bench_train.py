@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megactl.commands.bench_recompute import measure, write_text
-from megactl.commands.common import emit_json
+from megactl.commands.bench_recompute import measure
+from megactl.commands.common import emit_json, write_text
 from megactl.commands.host_need import host_need, refuse_host_need
 from megactl.commands.schema_options import dressed, parameter, setting_parameters, unknown_options
 from megactl.commands.tables import markdown_table, show_table

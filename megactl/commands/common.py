@@ -8,7 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec, TextIO
+
+from megactl.errors import MegactlError
 
 Facts = ParamSpec("Facts")
 
@@ -46,6 +49,14 @@ def strict(value: Any) -> Any:
 def emit_json(document: Any) -> None:
     """The one JSON document of a command, on stdout."""
     print(json.dumps(strict(document), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a page of --markdown. Raises MegactlError where that is not possible."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise MegactlError(f"{path}: cannot be written: {error.strerror}", "choose another place with --markdown FILE") from error
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "", gap: str = "  ") -> list[str]:

@@ -7,25 +7,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dataclasses import replace  # noqa: E402
-from itertools import product  # noqa: E402
+
+from rank_parts import held, parts_of, remember  # noqa: E402
 
 from megactl.config.schema import Memory, Model, Parallel, Run, Training  # noqa: E402
 from megactl.engine.checkpoint import SingleProcess, load, save  # noqa: E402
-from megactl.engine.mesh import Axis, Mesh  # noqa: E402
-from megactl.engine.parallelize import Part, build_part  # noqa: E402
 from megactl.engine.state import pieces_to_load, pieces_to_save  # noqa: E402
 
 MODEL = Model(num_layers=4, hidden_size=32, num_heads=4, ffn_size=96, vocab_size=50, max_positions=16)
-
-
-def parts_of(run: Run):
-    """Every rank's part; what is built needs no other rank."""
-    parallel = run.parallel
-    tp, pp, dp = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.data_parallel
-    for p, d, t in product(range(pp), range(dp), range(tp)):
-        axes = {"tp": Axis(tp, t), "dp": Axis(dp, d), "replicas": Axis(dp, d), "pp": Axis(pp, p)}
-        mesh = Mesh(torch.device("cpu"), rank=t + tp * (d + dp * p), world_size=tp * pp * dp, **axes)
-        yield build_part(run, mesh, p, pp), mesh
 
 
 def setup(precision: str, what: str | None, seed: int, zero: int, **degrees: int) -> Run:
@@ -35,19 +24,6 @@ def setup(precision: str, what: str | None, seed: int, zero: int, **degrees: int
     return Run(
         model=MODEL, parallel=parallel, training=Training(seq_length=16, seed=seed, precision=precision), memory=Memory(offload=what)
     )
-
-
-def remember(part: Part) -> None:
-    """Moments that tell every element apart."""
-    for state in part.optimizer.states:
-        state.exp_avg.copy_(state.master), state.exp_avg_sq.copy_(state.master.square())
-
-
-def held(part: Part) -> list[torch.Tensor]:
-    """All that a part keeps between steps, gradients apart."""
-    kinds = ("param", "master", "exp_avg", "exp_avg_sq")
-    whole = [tensor for tensor in part.flat.bucket_params if tensor.untyped_storage().nbytes()]
-    return [*whole, *(state.part(kind) for state in part.optimizer.states for kind in kinds)]
 
 
 BOTH = "optimizer,parameters"

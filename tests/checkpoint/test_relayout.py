@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from rank_parts import parts_of  # noqa: E402
+
 from megactl.config.schema import Model, Parallel, Run, Training  # noqa: E402
 from megactl.engine.checkpoint import Piece, SingleProcess, load, load_full, save  # noqa: E402
-from megactl.engine.mesh import Axis, Mesh  # noqa: E402
 from megactl.engine.models import MODELS  # noqa: E402
-from megactl.engine.parallelize import build_parts  # noqa: E402
 from megactl.engine.state import pieces_to_load, pieces_to_save  # noqa: E402
 from megactl.storage.pieces import Region, clip  # noqa: E402
 
@@ -128,19 +128,11 @@ def test_tensor_parallel_and_zero_layouts(tmp_path, kit, saved, loaded):
     assert all(torch.equal(request.tensor, value) for request, value in zip(requests, expected, strict=True))
 
 
-def parts_of(model, layout, seed):
-    """Every part of each rank of a model, in (tp, pp, dp, zero, settings of the pipeline); what is built needs no other rank."""
+def run_of(model, layout, seed):
+    """A run in (tp, pp, dp, zero, settings of the pipeline)."""
     tp, pp, dp, zero, *pipeline = layout
     degrees = {"tensor_parallel": tp, "pipeline_parallel": pp, "data_parallel": dp, "zero": zero, "bucket_size": 2000}
-    run = Run(
-        model=model, parallel=Parallel(**degrees, **dict(*pipeline)), training=Training(seq_length=16, seed=seed),
-    )  # fmt: skip
-    for p, d, t in product(range(pp), range(dp), range(tp)):
-        axes = {"tp": Axis(tp, t), "dp": Axis(dp, d), "pp": Axis(pp, p), "replicas": Axis(dp, d)}
-        place = dict(rank=t + tp * (d + dp * p), world_size=tp * pp * dp, **axes)
-        mesh = Mesh(torch.device("cpu"), **place)
-        for part in build_parts(run, mesh):
-            yield part, mesh
+    return Run(model=model, parallel=Parallel(**degrees, **dict(*pipeline)), training=Training(seq_length=16, seed=seed))
 
 
 def states_of(part):
@@ -173,7 +165,7 @@ LAYOUT_PAIRS = [
 def test_models_move_between_layouts(tmp_path, kit, name, saved, loaded):
     """Weights and moments saved in one layout are, loaded in another, what that layout would have drawn itself."""
     pieces, model = [], MODELS_TO_MOVE[name]
-    for part, mesh in parts_of(model, saved, seed=1):
+    for part, mesh in parts_of(run_of(model, saved, seed=1)):
         for state in part.optimizer.states:
             state.exp_avg.copy_(state.param), state.exp_avg_sq.copy_(state.param.square())
         pieces += pieces_to_save([part], mesh)
@@ -181,7 +173,7 @@ def test_models_move_between_layouts(tmp_path, kit, name, saved, loaded):
     assert len(set(held)) == len(held), "each piece once"
     path = save(tmp_path, step=1, pieces=pieces, header=kit.header(), group=SingleProcess(), keep=0, protect=None)
     names = set()
-    for (part, _), (expected, _) in zip(parts_of(model, loaded, seed=2), parts_of(model, loaded, seed=1), strict=True):
+    for (part, _), (expected, _) in zip(parts_of(run_of(model, loaded, seed=2)), parts_of(run_of(model, loaded, seed=1)), strict=True):
         for state in expected.optimizer.states:
             state.exp_avg.copy_(state.param), state.exp_avg_sq.copy_(state.param.square())
         load(path, pieces_to_load([part]))

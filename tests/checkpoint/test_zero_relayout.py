@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from rank_parts import held, parts_of, remember  # noqa: E402
+
 from megactl.config.schema import Model, Parallel, Run, Training  # noqa: E402
 from megactl.engine.checkpoint import SingleProcess, load, load_full, save  # noqa: E402
-from megactl.engine.mesh import Axis, Mesh  # noqa: E402
-from megactl.engine.parallelize import Part, build_part  # noqa: E402
 from megactl.engine.state import pieces_to_load, pieces_to_save  # noqa: E402
 
 SMALL = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "ffn_size": 96, "vocab_size": 50, "max_positions": 16}
@@ -25,27 +23,9 @@ def layout(tp: int = 1, pp: int = 1, dp: int = 1, **others) -> Parallel:
     )
 
 
-def parts_of(model: Model, parallel: Parallel, *, seed: int, precision: str):
-    """Every rank's part; what is built needs no other rank."""
-    run = Run(model=model, parallel=parallel, training=Training(seq_length=16, seed=seed, precision=precision))
-    tp, pp, dp = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.data_parallel
-    for p, d, t in product(range(pp), range(dp), range(tp)):
-        axes = {"tp": Axis(tp, t), "dp": Axis(dp, d), "replicas": Axis(dp, d), "pp": Axis(pp, p)}
-        mesh = Mesh(torch.device("cpu"), rank=t + tp * (d + dp * p), world_size=tp * pp * dp, **axes)
-        yield build_part(run, mesh, p, pp), mesh
-
-
-def remember(part: Part) -> None:
-    """Moments that tell every element apart."""
-    for state in part.optimizer.states:
-        state.exp_avg.copy_(state.master), state.exp_avg_sq.copy_(state.master.square())
-
-
-def held(part: Part) -> list[torch.Tensor]:
-    """All that a part keeps between steps, gradients apart."""
-    kinds = ("param", "master", "exp_avg", "exp_avg_sq")
-    whole = [tensor for tensor in part.flat.bucket_params if tensor.untyped_storage().nbytes()]
-    return [*whole, *(state.part(kind) for state in part.optimizer.states for kind in kinds)]
+def run_of(model: Model, parallel: Parallel, *, seed: int, precision: str) -> Run:
+    """A run of a model in a layout."""
+    return Run(model=model, parallel=parallel, training=Training(seq_length=16, seed=seed, precision=precision))
 
 
 MOVES = [
@@ -61,14 +41,14 @@ MOVES = [
 @pytest.mark.parametrize(("saved", "loaded"), MOVES)
 def test_stages_and_tiles_move_to_others(tmp_path, kit, name, precision, saved, loaded):
     model, pieces = MODELS[name], []
-    for part, mesh in parts_of(model, saved, seed=1, precision=precision):
+    for part, mesh in parts_of(run_of(model, saved, seed=1, precision=precision)):
         remember(part)
         pieces += pieces_to_save([part], mesh)
     path = save(
         tmp_path, step=1, pieces=pieces, header=kit.header() | {"precision": precision}, group=SingleProcess(), keep=0, protect=None
     )
-    ranks = zip(parts_of(model, loaded, seed=2, precision=precision), parts_of(model, loaded, seed=1, precision=precision), strict=True)
-    for (part, _), (expected, _) in ranks:
+    other, same = (parts_of(run_of(model, loaded, seed=seed, precision=precision)) for seed in (2, 1))
+    for (part, _), (expected, _) in zip(other, same, strict=True):
         remember(expected)
         load(path, pieces_to_load([part]))
         assert all(torch.equal(one, other) for one, other in zip(held(part), held(expected), strict=True))
@@ -77,7 +57,8 @@ def test_stages_and_tiles_move_to_others(tmp_path, kit, name, precision, saved, 
 def test_tiles_have_the_names_and_shapes_of_one_linear(tmp_path, kit):
     found = []
     for parallel in (layout(zero=0), layout(dp=2, zero=3, tile=4, persistence_threshold=0)):
-        pieces = [p for part, mesh in parts_of(MODELS["gpt"], parallel, seed=1, precision="fp32") for p in pieces_to_save([part], mesh)]
+        run = run_of(MODELS["gpt"], parallel, seed=1, precision="fp32")
+        pieces = [piece for part, mesh in parts_of(run) for piece in pieces_to_save([part], mesh)]
         root = tmp_path / str(len(found))
         found.append(load_full(save(root, step=1, pieces=pieces, header=kit.header(), group=SingleProcess(), keep=0, protect=None)))
     one, tiled = found
